@@ -1,0 +1,690 @@
+"""Data sets and episodes: the one module that the algorithm scripts share.
+
+A few-shot *task* (an episode) is a small classification problem of its own: N classes ("ways"), K labelled *support*
+images of each ("shots") to learn from, Q *query* images of each to be judged on. A *mode* is a data set that tasks are
+drawn from; multimodal meta-learning draws every task from one of several modes, and does not say which.
+
+    from data import Episodes, Task, atomic_write, fail
+    episodes = Episodes(["omniglot", "miniimagenet"], "train", ways=5, shots=5, queries=15, image_size=84, seed=0)
+    batch = episodes.tasks(first=0, count=10)            # Task: support_x (10, 25, 3, 84, 84), support_y (10, 25), ...
+
+    python data.py list                                  # which modes are here, from which source
+    python data.py prepare omniglot miniimagenet         # find or download, check, decode once
+    python data.py show miniimagenet                     # a picture of an episode
+
+A mode is looked for in this order: decoded cache; your class folders `<root>/<mode>/{train,val,test}/<class>/<image>` or
+`<root>/<mode>/{train,val,test}.zip`; the archives as their authors published them, in `<root>` or `<root>/<mode>`, packed or
+unpacked; the network. Images are decoded once, resized with LANCZOS, and memory-mapped as uint8.
+
+The sampler never holds random state: task j of a mode is a pure function of its arguments, through a counter-based
+generator. So every method sees the same test tasks, on every machine, and a resumed run sees the tasks it would have seen.
+"""
+import argparse
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+SPLITS = ("train", "val", "test")
+ALIASES = {"cifar": "fc100", "bird": "cub"}         # the names the released KML code uses
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+CACHE_FORMAT = 1                                    # raise when the decoded pixels would change
+PARALLEL_FROM = 2000                                # images; fewer are decoded before worker processes have started
+
+
+def fail(message):
+    """Print one line naming the cause and the remedy to stderr and exit with status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def atomic_write(path, content):
+    """Write bytes or text to `path`, so that a reader (or a crash) sees the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}: make room or choose another place; nothing was changed")
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+# Whole classes are held out: val and test classes are never seen in training. Every split is a fixed list or a fixed
+# rule on sorted names, hence the same on every machine (the released code shuffles directory listings instead).
+
+# mini-ImageNet: the split of Ravi & Larochelle 2017, WordNet ids without their leading "n".
+MINIIMAGENET = {"train": """
+01532829 01558993 01704323 01749939 01770081 01843383 01910747 02074367 02089867 02091831 02101006 02105505 02108089
+02108551 02108915 02111277 02113712 02120079 02165456 02457408 02606052 02687172 02747177 02795169 02823428 02966193
+03017168 03047690 03062245 03207743 03220513 03337140 03347037 03400231 03476684 03527444 03676483 03838899 03854065
+03888605 03908618 03924679 03998194 04067472 04243546 04251144 04258138 04275548 04296562 04389033 04435653 04443257
+04509417 04515003 04596742 04604644 04612504 06794110 07584110 07697537 07747607 09246464 13054560 13133613
+""", "val": """
+01855672 02091244 02114548 02138441 02174001 02950826 02971356 02981792 03075370 03417042 03535780 03584254 03770439
+03773504 03980874 09256479
+""", "test": """
+01930112 01981276 02099601 02110063 02110341 02116738 02129165 02219486 02443484 02871525 03127925 03146219 03272010
+03544143 03775546 04146614 04149813 04418357 04522168 07613480
+"""}
+MINIIMAGENET = {split: [f"n{number}" for number in numbers.split()] for split, numbers in MINIIMAGENET.items()}
+
+# FC100 (Oreshkin et al. 2018): CIFAR-100 by superclass id, so that a test class has no sibling in training; the rest trains.
+FC100 = {"val": (8, 11, 13, 16), "test": (0, 7, 12, 14)}
+
+
+def split_by_fraction(names):
+    """MMAML's rule for CUB and Aircraft: shuffle with a fixed seed, 70 / 15 / 15 % of the classes -> {split: [name]}."""
+    names = list(names)
+    np.random.RandomState(123).shuffle(names)
+    train, val = int(0.7 * len(names)), int(0.85 * len(names))
+    return {"train": names[:train], "val": names[train:val], "test": names[val:]}
+
+
+# --------------------------------------------------------------------------------------------------- reading archives
+
+class Archive:
+    """File names and contents of a zip, a tar or a folder, read in place: nothing is ever unpacked to disk.
+
+    Names of a folder begin with the folder's own name, as they would in an archive of it.
+    """
+
+    def __init__(self, path):
+        self.path, self.zip, self.tar = Path(path), None, None
+        try:
+            if self.path.is_dir():
+                files = [f for f in sorted(self.path.rglob("*")) if f.is_file()]
+                self.names = [f.relative_to(self.path.parent).as_posix() for f in files]
+            elif zipfile.is_zipfile(self.path):
+                self.zip = zipfile.ZipFile(self.path)
+                self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
+            else:
+                self.tar = tarfile.open(self.path)
+                self.members = {member.name: member for member in self.tar if member.isfile()}
+                self.names = list(self.members)
+        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+            fail(f"{self.path}: not a complete zip or tar archive ({error}): delete it and fetch it again")
+        for name in self.names:
+            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+                fail(f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, fetch it again")
+        self.rank = {name: i for i, name in enumerate(self.names)}      # a compressed tar is fast only read in its order
+
+    def read(self, name):
+        """The bytes of one file."""
+        try:
+            if self.zip:
+                return self.zip.read(name)
+            if self.tar:
+                return self.tar.extractfile(self.members[name]).read()
+            return (self.path.parent / name).read_bytes()
+        except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+            fail(f"{self.path}: cannot read {name} ({error}): delete the archive and fetch it again")
+
+    def image_names(self):
+        """Names of the images, without the resource forks and thumbnails that operating systems leave in archives."""
+        return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)
+                and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+
+
+class Pixels:
+    """Images that come as one uint8 array (n, H, W, 3), as pickled data sets do."""
+
+    def __init__(self, path, array):
+        self.path, self.array, self.rank = path, array, range(len(array))
+
+    def read(self, index):
+        return self.array[index]
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
+
+    ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               **{(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")},
+               **{(f"numpy.{core}.numeric", "_frombuffer"): lambda buffer, dtype, shape, order:
+                  np.frombuffer(buffer, dtype).reshape(shape, order=order) for core in ("core", "_core")},
+               # How Python 3 writes bytes into pickles of protocol 2: as latin-1 text to be encoded again.
+               ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.ALLOWED[module, name]
+
+
+def read_pickle(path, content):
+    """Unpickle `content` (bytes or an open file) that came from `path`; arrays and plain containers only."""
+    try:
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        return PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:          # a damaged pickle can raise nearly anything
+        fail(f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again")
+
+
+# ---------------------------------------------------------------------------------------------------------- importers
+# Each takes the paths that were found and gives {split: {class name: [(archive, name of the image), ...]}}, classes and
+# images in a fixed order.
+
+def by_folder(archive, names):
+    """Group image names by the folder they lie in, sorted -> {folder: [(archive, name)]}."""
+    classes = {}
+    for name in sorted(names):
+        classes.setdefault(name.rpartition("/")[0], []).append((archive, name))
+    return classes
+
+
+def import_class_folders(paths):
+    """`<split>/<class>/<image>`, as folders or as `<split>.zip`. Works for any data set of your own."""
+    splits = {}
+    for path in paths:
+        archive = Archive(path)
+        splits[path.stem] = by_folder(archive, archive.image_names())
+    return splits
+
+
+def import_omniglot(paths):
+    """images_background + images_evaluation: `<set>/<alphabet>/characterNN/*.png`; 1028 / 172 / 423 characters.
+
+    Alphabets are shuffled whole (MMAML Table 5 gives the sizes, not the lists), so that at most two of them are cut.
+    """
+    alphabets = {}
+    for path in paths:
+        archive = Archive(path)
+        for character, images in by_folder(archive, archive.image_names()).items():
+            alphabets.setdefault(character.rpartition("/")[0], {})[character] = images
+    order = list(alphabets)             # background first, each set sorted by name
+    np.random.RandomState(123).shuffle(order)
+    characters = [(name, images) for alphabet in order for name, images in alphabets[alphabet].items()]
+    return {"train": dict(characters[:1028]), "val": dict(characters[1028:1200]), "test": dict(characters[1200:])}
+
+
+def import_miniimagenet_pickles(paths):
+    """mini-imagenet-cache-{train,val,test}.pkl: {"image_data": uint8 (n, 84, 84, 3), "class_dict": {class: [index]}}."""
+    splits = {}
+    for split, path in zip(SPLITS, paths):
+        with open(path, "rb") as file:
+            content = read_pickle(path, file)
+        try:
+            pixels = Pixels(path, content["image_data"])
+            splits[split] = {name: [(pixels, int(i)) for i in rows] for name, rows in sorted(content["class_dict"].items())}
+        except (KeyError, TypeError, AttributeError):
+            fail(f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again")
+    return splits
+
+
+def import_miniimagenet_images(paths):
+    """images/ with Ravi & Larochelle's train.csv, val.csv, test.csv (filename, label)."""
+    archive, tables = Archive(paths[0]), paths[1:]
+    by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
+    splits = {}
+    for split, table in zip(SPLITS, tables):
+        with open(table, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["filename"] not in by_name:
+                    fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: complete the folder")
+                splits.setdefault(split, {}).setdefault(row["label"], []).append((archive, by_name[row["filename"]]))
+    return splits
+
+
+def import_fc100(paths):
+    """cifar-100-python: pickles `train` and `test` (merged: 600 images a class) and `meta`; split by superclass."""
+    archive = Archive(paths[0])
+    folder = archive.names[0].split("/")[0] if archive.names else ""
+    fine_names = read_pickle(archive.path, archive.read(f"{folder}/meta"))["fine_label_names"]
+    splits = {split: {} for split in SPLITS}
+    for part in ("train", "test"):
+        content = read_pickle(archive.path, archive.read(f"{folder}/{part}"))
+        pixels = Pixels(archive.path, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        for row, (fine, coarse) in enumerate(zip(content["fine_labels"], content["coarse_labels"])):
+            split = next((s for s in FC100 if coarse in FC100[s]), "train")
+            splits[split].setdefault(fine, []).append((pixels, row))
+    return {split: {fine_names[fine]: classes[fine] for fine in sorted(classes)} for split, classes in splits.items()}
+
+
+def import_cub(paths):
+    """CUB_200_2011/images/NNN.Name/*.jpg: 140 / 30 / 30 of the sorted folder names."""
+    archive = Archive(paths[0])
+    names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
+    classes = {folder.rpartition("/")[2]: images for folder, images in by_folder(archive, names).items()}
+    return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
+
+
+def import_aircraft(paths):
+    """fgvc-aircraft-2013b/data: variants.txt, images_variant_{trainval,test}.txt, images/*.jpg; 70 / 15 / 15 variants.
+
+    Variant names are compared as they stand in the lists, slash and all, so that F/A-18 stays a test class.
+    """
+    archive = Archive(paths[0])
+    data = next((name.rpartition("/")[0] for name in archive.names if name.endswith("/variants.txt")), None)
+    if data is None:
+        fail(f"{archive.path}: has no data/variants.txt: not the published FGVC-Aircraft archive; fetch it again")
+    classes = {name: [] for name in archive.read(f"{data}/variants.txt").decode().splitlines() if name}
+    for part in ("trainval", "test"):
+        for line in archive.read(f"{data}/images_variant_{part}.txt").decode().splitlines():
+            number, _, variant = line.partition(" ")
+            classes[variant].append((archive, f"{data}/images/{number}.jpg"))
+    return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
+
+
+class Layout(NamedTuple):
+    """One published form of a data set: the names to find (alternatives in a tuple) and who reads them."""
+    files: tuple
+    importer: callable
+
+
+LAYOUTS = {
+    "omniglot": Layout((("images_background.zip", "images_background"), ("images_evaluation.zip", "images_evaluation")),
+                       import_omniglot),
+    "miniimagenet": Layout((("mini-imagenet-cache-train.pkl",),
+                            ("mini-imagenet-cache-validation.pkl", "mini-imagenet-cache-val.pkl"),
+                            ("mini-imagenet-cache-test.pkl",)), import_miniimagenet_pickles),
+    "fc100": Layout((("cifar-100-python.tar.gz", "cifar-100-python"),), import_fc100),
+    "cub": Layout((("CUB_200_2011.tgz", "CUB_200_2011"),), import_cub),
+    "aircraft": Layout((("fgvc-aircraft-2013b.tar.gz", "fgvc-aircraft-2013b"),), import_aircraft),
+}
+MINIIMAGENET_IMAGES = Layout((("images", "images.zip"), ("train.csv",), ("val.csv",), ("test.csv",)), import_miniimagenet_images)
+
+OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
+MINIIMAGENET_URL = "https://zenodo.org/record/7978538/files/mini-imagenet-cache-"
+DOWNLOADS = {           # mode: [(file name, md5 or None where none is published, addresses to try in turn)], terms of use
+    "omniglot": ([("images_background.zip", "68d2efa1b9178cc56df9314c21c6e718", [OMNIGLOT_URL + "images_background.zip"]),
+                  ("images_evaluation.zip", "6b91aef0f799c5bb55b94e3f2daec811", [OMNIGLOT_URL + "images_evaluation.zip"])],
+                 "MIT licence"),
+    "miniimagenet": ([(f"mini-imagenet-cache-{part}.pkl", None, [f"{MINIIMAGENET_URL}{part}.pkl"])
+                      for part in ("train", "validation", "test")], "ImageNet terms: non-commercial research"),
+    "fc100": ([("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+                ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"])], "cite Krizhevsky 2009"),
+    "cub": ([("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
+              ["https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+               "https://zenodo.org/record/8000562/files/CUB_200_2011.tgz"])], "non-commercial research"),
+    "aircraft": ([("fgvc-aircraft-2013b.tar.gz", "d4acdd33327262359767eeaa97a4f732",
+                   ["https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"])],
+                 "non-commercial research"),
+}
+
+
+def download(file_name, md5, urls, folder):
+    """Fetch one published archive into `folder` with a progress bar; a cut download is resumed, the md5 checked."""
+    target, part, problems = folder / file_name, folder / f"{file_name}.part", []
+    for url in urls:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            have = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                have = have if reply.status == 206 else 0                 # 200: the server sends it all again
+                total = have + int(reply.headers.get("Content-Length", 0))
+                with open(part, "ab" if have else "wb") as file, tqdm(
+                        total=total or None, initial=have, unit="B", unit_scale=True, desc=file_name) as bar:
+                    while block := reply.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
+            if total and part.stat().st_size < total:
+                raise OSError(f"cut after {part.stat().st_size} of {total} bytes; the same command continues")
+            break
+        except OSError as error:            # urllib's URLError and HTTPError are OSErrors
+            if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+                break                       # nothing left to send: the part is whole
+            problems.append(f"{url}: {error}")
+    else:
+        return problems
+    if md5:
+        digest = hashlib.md5()
+        with open(part, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != md5:
+            part.unlink()
+            fail(f"{url}: wrong checksum (md5 {digest.hexdigest()}, published {md5}): deleted; try again or fetch by hand")
+    os.replace(part, target)
+    return []
+
+
+# -------------------------------------------------------------------------------------------------- finding and caching
+
+def canonical_mode(name, root):
+    """The mode that a name typed by a user means: any case, the released code's aliases, or a folder under the root."""
+    lower = ALIASES.get(name.lower(), name.lower())
+    if lower in LAYOUTS:
+        return lower
+    folders = [f.name for f in sorted(Path(root).iterdir()) if f.is_dir()] if Path(root).is_dir() else []
+    return next((f for f in folders if f == name), next((f for f in folders if f.lower() == lower), name))
+
+
+def find_source(mode, root):
+    """Where the images of a mode lie -> (importer, [path]) in the order of search, or None."""
+    places = [Path(root) / mode, Path(root)]
+    folders = [path for split in SPLITS for path in (places[0] / split, places[0] / f"{split}.zip") if path.exists()]
+    folders = [path for i, path in enumerate(folders) if path.stem not in [p.stem for p in folders[:i]]]
+    if folders:
+        return import_class_folders, folders
+    layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
+    for layout in layouts + [MINIIMAGENET_IMAGES] * (mode == "miniimagenet"):
+        for place in places:
+            found = [next((place / name for name in names if (place / name).exists()), None) for names in layout.files]
+            if all(found):
+                return layout.importer, found
+    return None
+
+
+def fingerprint(paths):
+    """A hash of what a cache is made from: names, sizes and times of the files (not where they lie)."""
+    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
+    for path in paths:
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        for file in files:
+            stat = file.stat()
+            digest.update(f"{file.relative_to(path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def decode(content, size, mode):
+    """One image (file content or uint8 array) -> uint8 (size, size, C), C = 1 for Omniglot, else 3; or an error message."""
+    try:
+        image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
+        image = image.convert("L" if mode == "omniglot" else "RGB")
+    except Exception as error:      # Pillow's decoders raise nearly anything on damaged files
+        return str(error) or type(error).__name__
+    if mode == "aircraft":          # the lowest 20 pixels of every published photograph are its copyright banner
+        image = image.crop((0, 0, image.width, max(1, image.height - 20)))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image).reshape(size, size, -1)
+    return 255 - pixels if mode == "omniglot" else pixels       # ink becomes bright, paper becomes zero
+
+
+def decode_one(job):
+    return decode(*job)
+
+
+def build_cache(mode, size, splits, folder):
+    """Decode every image once into `folder`: <split>.npy (n, size, size, C) and classes.json, in one rename at the end."""
+    jobs = [(split, row, source, key) for split, classes in splits.items()
+            for row, (source, key) in enumerate(item for images in classes.values() for item in images)]
+    jobs.sort(key=lambda job: (str(job[2].path), job[2].rank[job[3]]))              # in the order of the archive
+    if mode == "miniimagenet":
+        for split in splits:
+            for name in splits[split]:
+                home = next((s for s in SPLITS if name in MINIIMAGENET[s]), split)
+                if home != split:
+                    fail(f"mini-ImageNet: {name} stands in {split} but is a {home} class of Ravi & Larochelle: "
+                         "this copy has another split; use the published files (python data.py list)")
+    channels = 1 if mode == "omniglot" else 3
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = multiprocessing.get_context("spawn").Pool(workers) if len(jobs) >= PARALLEL_FROM and workers > 1 else None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        files, starts = {}, {}
+        for split, classes in splits.items():
+            files[split] = open(temporary / f"{split}.npy", "wb")
+            count = sum(len(images) for images in classes.values())
+            np.lib.format.write_array_header_1_0(files[split], {
+                "descr": "|u1", "fortran_order": False, "shape": (count, size, size, channels)})
+            starts[split] = files[split].tell()
+        with tqdm(total=len(jobs), desc=f"{mode}: decoding to {size} px", unit=" images", mininterval=0.5) as bar:
+            for first in range(0, len(jobs), 4096):         # bounds the memory: file contents wait in chunks
+                chunk = jobs[first:first + 4096]
+                contents = [(source.read(key), size, mode) for _, _, source, key in chunk]
+                results = pool.imap(decode_one, contents, chunksize=64) if pool else map(decode_one, contents)
+                for (split, row, source, key), pixels in zip(chunk, results):
+                    if isinstance(pixels, str):
+                        fail(f"{source.path}: image {key} cannot be decoded ({pixels}): replace or remove it")
+                    files[split].seek(starts[split] + row * pixels.size)
+                    files[split].write(pixels.tobytes())
+                    bar.update()
+        for file in files.values():
+            file.close()
+        sizes = {split: [[name, len(images)] for name, images in classes.items()] for split, classes in splits.items()}
+        atomic_write(temporary / "classes.json", json.dumps(sizes))
+        try:
+            os.replace(temporary, folder)
+        except OSError:                     # another process has just built the same one
+            if not (folder / "classes.json").exists():
+                raise
+    except OSError as error:
+        fail(f"cannot write the cache {folder}: {error.strerror}: make room or choose another --cache-dir")
+    finally:
+        if pool:
+            pool.terminate()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False):
+    """The folder of decoded images of a mode, found or made (see the module's head for the order of search)."""
+    mode, cache_dir = canonical_mode(mode, root), Path(cache_dir)
+    if synthetic:
+        return prepare_synthetic(mode, size, cache_dir)
+    source = find_source(mode, root)
+    if source is None:
+        ready = sorted(cache_dir.glob(f"{mode}-{size}-*/classes.json"), key=lambda path: path.stat().st_mtime)
+        if ready:
+            return ready[-1].parent
+        source = fetch(mode, root)
+    importer, paths = source
+    folder = cache_dir / f"{mode}-{size}-{fingerprint(paths)}"
+    if not (folder / "classes.json").exists():
+        build_cache(mode, size, importer(paths), folder)
+    return folder
+
+
+def fetch(mode, root):
+    """Download the published archives of a mode, or say what was looked for and how to go on."""
+    own = f"{Path(root) / mode}/{{train,val,test}}/<class>/<image> (or .zip of each)"
+    if mode not in DOWNLOADS:
+        fail(f"no data set {mode!r}: looked for {own}; known modes: {', '.join(LAYOUTS)}")
+    files, terms = DOWNLOADS[mode]
+    print(f"{mode}: not under {root}; downloading ({terms})", file=sys.stderr)
+    for file_name, md5, urls in files:
+        if not (Path(root) / mode / file_name).exists() and (problems := download(file_name, md5, urls, Path(root) / mode)):
+            fail(f"{mode} not found: looked for {own} and {file_name} in {root} and {Path(root) / mode}; download failed: "
+                 f"{'; '.join(problems)}. Put the file there by hand, or add --synthetic to go on without it")
+    return find_source(mode, root)
+
+
+# ------------------------------------------------------------------------------------------------------------ episodes
+
+class Task(NamedTuple):
+    """One few-shot task, or a batch of T of them with a leading dimension T. N ways, K shots, Q queries, S pixels."""
+    support_x: torch.Tensor         # (N*K, 3, S, S) float32 in [0, 1]
+    support_y: torch.Tensor         # (N*K,) int64: 0 .. N-1, K times each
+    query_x: torch.Tensor           # (N*Q, 3, S, S)
+    query_y: torch.Tensor           # (N*Q,)
+    mode: torch.Tensor              # () int64: index of the task's mode. For reports only; no algorithm may look at it
+
+
+class Episodes:
+    """Draws tasks from one or several modes.
+
+    Task number g comes from mode g mod M and is that mode's task number g // M: modes take turns, which balances them
+    exactly (the released code starts each batch at a random mode, which balances them on average).
+
+    Args:
+        modes: names of the M modes. split: "train", "val" or "test". ways, shots, queries: N, K, Q.
+        image_size: S, pixels. seed: of training episodes; None for val and test, whose tasks are the same for every run.
+        device: where images live and tasks are assembled. root, cache_dir, synthetic: see `prepare`.
+
+    Exits with status 2 if a class has fewer than K + Q images or a split fewer than N classes.
+    """
+    BLOCK = 256                     # tasks of one mode that are drawn together; part of what defines a task
+
+    def __init__(self, modes, split, ways, shots, queries, image_size, seed=None, device="cpu",
+                 root="data", cache_dir=".cache", synthetic=False):
+        self.modes = [canonical_mode(mode, root) for mode in modes]
+        self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
+        self.seed, self.size, self.device = seed, image_size, torch.device(device)
+        self.images, self.counts, self.offsets, self.class_names, self.drawn = [], [], [], [], {}
+        if len(set(self.modes)) < len(self.modes):
+            fail(f"--modes names a data set twice: {' '.join(self.modes)}")
+        for mode in self.modes:
+            folder = prepare(mode, image_size, root, cache_dir, synthetic)
+            classes = json.loads((folder / "classes.json").read_text()).get(split, [])
+            if len(classes) < ways:
+                fail(f"{mode}/{split} has {len(classes)} classes, fewer than {ways} ways: lower --ways or add classes")
+            name, least = min(classes, key=lambda item: item[1])
+            if least < shots + queries:
+                fail(f"{mode}/{split}: class {name} has {least} images, {shots} shots + {queries} queries need "
+                     f"{shots + queries}: lower --shots or --queries, or add images")
+            pixels = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))      # (n, S, S, C) uint8
+            self.images.append(pixels.to(self.device))      # on the CPU: stays on disk, paged in as needed
+            self.counts.append(np.array([count for _, count in classes]))
+            self.offsets.append(np.cumsum(self.counts[-1]) - self.counts[-1])
+            self.class_names.append([name for name, _ in classes])
+
+    def draw(self, m, block):
+        """Tasks block * 256 .. + 255 of mode m, drawn at once -> classes (256, N), images (256, N, K+Q), turns (256, N).
+
+        A counter-based generator is a function from (key, counter) to random bits: nothing to store, nothing to replay.
+        The raw bits of Philox are fixed for all versions of numpy; only arithmetic on integers and doubles follows.
+        """
+        name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
+        key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+        T, N, k, counts = self.BLOCK, self.ways, self.shots + self.queries, self.counts[m]
+        bits = np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw(T * N * (k + 2))
+        u = (bits >> np.uint64(11)) * 2.0 ** -53                                # uniform in [0, 1)
+        u_class, u_image, u_turn = np.split(u, [T * N, T * N * (1 + k)])
+        classes = distinct(u_class.reshape(T, N), np.full(T, len(counts)))
+        images = distinct(u_image.reshape(T * N, k), counts[classes.reshape(-1)]).reshape(T, N, k)
+        return classes, images, (4 * u_turn).astype(np.int64).reshape(T, N)
+
+    def indices(self, m, first, count):
+        """Tasks first .. first + count - 1 of mode m: the arrays of `draw`, cut to length `count`."""
+        blocks = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1)
+        self.drawn = {key: value for key, value in self.drawn.items() if key[0] != m or key[1] in blocks}
+        for block in blocks:
+            if (m, block) not in self.drawn:
+                self.drawn[m, block] = self.draw(m, block)
+        start = first - blocks[0] * self.BLOCK
+        return [np.concatenate(parts)[start:start + count] for parts in zip(*(self.drawn[m, block] for block in blocks))]
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1 over all modes, on the device -> Task with a leading dimension `count`."""
+        N, K, Q, S, M = self.ways, self.shots, self.queries, self.size, len(self.modes)
+        x = torch.empty(count, N * (K + Q), 3, S, S, device=self.device)
+        for m in range(M):
+            turn = (m - first) % M                          # this mode's first place in the batch
+            if turn >= count:
+                continue
+            places = slice(turn, count, M)
+            classes, images, turns = self.indices(m, (first + turn) // M, len(range(count)[places]))
+            rows = torch.from_numpy(self.offsets[m][classes][..., None] + images).reshape(-1).to(self.device)
+            pixels = self.images[m][rows]                   # (n, S, S, C)
+            if self.modes[m] == "omniglot":                 # each class of a task is turned by 0, 90, 180 or 270 degrees
+                turns = np.repeat(turns.reshape(-1), K + Q)
+                for quarter in (1, 2, 3):
+                    turned = torch.from_numpy(np.flatnonzero(turns == quarter)).to(self.device)
+                    pixels[turned] = torch.rot90(pixels[turned], quarter, (1, 2))
+            x[places] = pixels.permute(0, 3, 1, 2).view(-1, N * (K + Q), pixels.shape[-1], S, S)
+        x = x.div_(255).view(count, N, K + Q, 3, S, S)
+        labels = torch.arange(N, device=self.device)
+        return Task(x[:, :, :K].reshape(count, N * K, 3, S, S), labels.repeat_interleave(K).expand(count, -1),
+                    x[:, :, K:].reshape(count, N * Q, 3, S, S), labels.repeat_interleave(Q).expand(count, -1),
+                    (first + torch.arange(count)) % M)
+
+    def sha256(self, count):
+        """A hash of what the first `count` tasks are made of: equal hashes, equal tasks."""
+        digest = hashlib.sha256()
+        for m, mode in enumerate(self.modes):
+            digest.update(mode.encode())
+            if tasks := len(range(m, count, len(self.modes))):
+                for array in self.indices(m, 0, tasks):
+                    digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def distinct(u, counts):
+    """Draw without replacement: row r gives k different numbers below counts[r], in random order.
+
+    Args: u (R, k) uniform in [0, 1); counts (R,) int, all >= k. Returns int64 (R, k). Fisher-Yates, all rows at once.
+    """
+    R, k = u.shape
+    deck, rows = np.tile(np.arange(counts.max()), (R, 1)), np.arange(R)
+    for i in range(k):
+        j = i + (u[:, i] * (counts - i)).astype(np.int64)
+        deck[rows, j], deck[:, i] = deck[:, i].copy(), deck[rows, j]
+    return deck[:, :k]
+
+
+# --------------------------------------------------------------------------------------------------------------- tool
+
+def show(episodes, number, path, queries=6, cell=84):
+    """Write a picture of task `number`: a row per class, its support images left of the bar, its first queries right."""
+    task = episodes.tasks(number, 1)
+    N, K, Q, gap = episodes.ways, episodes.shots, min(queries, episodes.queries), 12
+    picture = Image.new("RGB", ((K + Q) * (cell + 2) + gap, N * (cell + 2) + 16), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((2, 2), f"{episodes.modes[number % len(episodes.modes)]} {episodes.split} task {number}: support", "black")
+    pen.text((K * (cell + 2) + gap, 2), "query", "black")
+    for n in range(N):
+        for x, first, total, left in ((task.support_x[0], n * K, K, 0), (task.query_x[0], n * episodes.queries, Q, K)):
+            for i in range(total):
+                tile = (x[first + i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+                tile = Image.fromarray(tile).resize((cell, cell), Image.Resampling.NEAREST)
+                picture.paste(tile, ((left + i) * (cell + 2) + (gap if left else 0), n * (cell + 2) + 16))
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    atomic_write(path, content.getvalue())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("command", choices=("list", "prepare", "show"))
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=f"{', '.join(LAYOUTS)}, or a folder of yours (all)")
+    parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="where data sets lie")
+    parser.add_argument("--cache-dir", default=".cache", help="where decoded images are kept")
+    parser.add_argument("--image-size", type=int, default=84, help="pixels (papers: 84)")
+    parser.add_argument("--synthetic", action="store_true", help="procedural stand-ins, no download")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="show: of which split")
+    parser.add_argument("--task", type=int, default=0, help="show: number of the task")
+    parser.add_argument("--ways", type=int, default=5)
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--out", help="show: the picture's path (episode-<mode>.png)")
+    parser.error = fail
+    args = parser.parse_args()
+    places = args.data_root, args.cache_dir, args.synthetic
+    modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
+    if args.command == "list":
+        for mode in modes or list(LAYOUTS):
+            source, terms = find_source(mode, args.data_root), DOWNLOADS.get(mode, ("", "your own"))[1]
+            cached = [p.parent.name for p in sorted(Path(args.cache_dir).glob(f"{mode}-*/classes.json"))]
+            where = ", ".join(map(str, source[1])) if source else "not found; downloaded when needed"
+            print(f"{mode:13} {where}  [{terms}]" + (f"  cached: {' '.join(cached)}" if cached else ""))
+    elif not modes:
+        fail(f"{args.command} which mode? For example: python data.py {args.command} omniglot")
+    elif args.command == "prepare":
+        for mode in modes:
+            folder = prepare(mode, args.image_size, *places)
+            for split, classes in json.loads((folder / "classes.json").read_text()).items():
+                print(f"{mode:13} {split:5} {len(classes):5} classes {sum(n for _, n in classes):6} images  {folder}")
+    else:
+        for mode in modes:
+            path = args.out or f"episode-{mode}.png"
+            show(Episodes([mode], args.split, args.ways, args.shots, 15, args.image_size, None, "cpu", *places),
+                 args.task, path)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
