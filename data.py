@@ -34,6 +34,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ class Archive:
                 self.zip = zipfile.ZipFile(self.path)
                 self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
             else:
-                self.tar = tarfile.open(self.path)
+                self.tar = tarfile.open(self.path)                # noqa: SIM115 (read from later on)
                 self.members = {member.name: member for member in self.tar if member.isfile()}
                 self.names = list(self.members)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -164,20 +165,26 @@ class Pixels:
         return self.array[index]
 
 
+def plain_globals():
+    """What a pickle of arrays may name: (module, name) -> what we give it instead of importing it."""
+    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+               # Python 3 writes bytes into pickles of protocol 2 as latin-1 text to be encoded again.
+               ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}
+    for core in ("numpy.core", "numpy._core"):          # numpy 1 and numpy 2
+        allowed[f"{core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
+        allowed[f"{core}.numeric", "_frombuffer"] = (
+            lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order))
+    return allowed
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Reads numpy arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
 
-    ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-               **{(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")},
-               **{(f"numpy.{core}.numeric", "_frombuffer"): lambda buffer, dtype, shape, order:
-                  np.frombuffer(buffer, dtype).reshape(shape, order=order) for core in ("core", "_core")},
-               # How Python 3 writes bytes into pickles of protocol 2: as latin-1 text to be encoded again.
-               ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}
-
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[module, name]
+        try:
+            return plain_globals()[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
 def read_pickle(path, content):
@@ -185,7 +192,7 @@ def read_pickle(path, content):
     try:
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         return PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:          # a damaged pickle can raise nearly anything
+    except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
         fail(f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again")
 
 
@@ -411,7 +418,7 @@ def decode(content, size, mode):
     try:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
         image = image.convert("L" if mode == "omniglot" else "RGB")
-    except Exception as error:      # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
         return str(error) or type(error).__name__
     if mode == "aircraft":          # the lowest 20 pixels of every published photograph are its copyright banner
         image = image.crop((0, 0, image.width, max(1, image.height - 20)))
@@ -445,7 +452,7 @@ def build_cache(mode, size, splits, folder):
         temporary.mkdir(parents=True, exist_ok=True)
         files, starts = {}, {}
         for split, classes in splits.items():
-            files[split] = open(temporary / f"{split}.npy", "wb")
+            files[split] = open(temporary / f"{split}.npy", "wb")     # noqa: SIM115 (closed below)
             count = sum(len(images) for images in classes.values())
             np.lib.format.write_array_header_1_0(files[split], {
                 "descr": "|u1", "fortran_order": False, "shape": (count, size, size, channels)})
@@ -610,7 +617,7 @@ def draw_character(scene, c, u):
     for stroke in strokes:
         start, turn, end = [np.stack([x + u(-0.15, 0.15), y + u(-0.15, 0.15)]) for x, y in stroke]
         curve = [(1 - t) ** 2 * start + 2 * t * (1 - t) * turn + t ** 2 * end for t in np.linspace(0, 1, 7)]
-        limbs += [(*a, *b, pen, pen) for a, b in zip(curve, curve[1:])]
+        limbs += [(*a, *b, pen, pen) for a, b in pairwise(curve)]
     scene.paint(scene.limbs(*limbs), 1)
 
 
@@ -816,25 +823,25 @@ class Episodes:
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1 over all modes, on the device -> Task with a leading dimension `count`."""
         N, K, Q, S, M = self.ways, self.shots, self.queries, self.size, len(self.modes)
-        x = torch.empty(count, N * (K + Q), 3, S, S, device=self.device)
+        support, query = (torch.empty(count, N, k, 3, S, S, device=self.device) for k in (K, Q))
         for m in range(M):
             turn = (m - first) % M                          # this mode's first place in the batch
             if turn >= count:
                 continue
             places = slice(turn, count, M)
             classes, images, turns = self.indices(m, (first + turn) // M, len(range(count)[places]))
-            rows = torch.from_numpy(self.offsets[m][classes][..., None] + images).reshape(-1).to(self.device)
-            pixels = self.images[m][rows]                   # (n, S, S, C)
+            rows = torch.from_numpy(self.offsets[m][classes][..., None] + images).to(self.device)
+            pixels = self.images[m][rows.reshape(-1)]       # (n, S, S, C)
             if self.modes[m] == "omniglot":                 # each class of a task is turned by 0, 90, 180 or 270 degrees
                 turns = np.repeat(turns.reshape(-1), K + Q)
                 for quarter in (1, 2, 3):
                     turned = torch.from_numpy(np.flatnonzero(turns == quarter)).to(self.device)
                     pixels[turned] = torch.rot90(pixels[turned], quarter, (1, 2))
-            x[places] = pixels.permute(0, 3, 1, 2).view(-1, N * (K + Q), pixels.shape[-1], S, S)
-        x = x.div_(255).view(count, N, K + Q, 3, S, S)
+            pixels = pixels.view(*rows.shape, S, S, -1).permute(0, 1, 2, 5, 3, 4)       # (tasks, N, K+Q, C, S, S)
+            support[places], query[places] = pixels[:, :, :K], pixels[:, :, K:]         # to float, C to 3 channels
         labels = torch.arange(N, device=self.device)
-        return Task(x[:, :, :K].reshape(count, N * K, 3, S, S), labels.repeat_interleave(K).expand(count, -1),
-                    x[:, :, K:].reshape(count, N * Q, 3, S, S), labels.repeat_interleave(Q).expand(count, -1),
+        return Task(support.div_(255).view(count, N * K, 3, S, S), labels.repeat_interleave(K).expand(count, -1),
+                    query.div_(255).view(count, N * Q, 3, S, S), labels.repeat_interleave(Q).expand(count, -1),
                     (first + torch.arange(count)) % M)
 
     def sha256(self, count):

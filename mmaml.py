@@ -310,8 +310,8 @@ def summary(per_task, modes):
 
 def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
-    other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out", "title",
-             "quick", "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite")
+    other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
+             "title", "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick")
     return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -376,7 +376,7 @@ def train(params, args, checkpoint, stop):
                 window, shown = [], {k: f"{x:.1f}%" for k, x in shown.items()}
                 bar.set_postfix(loss=f"{line['loss']:.3f}", **shown)
                 if bar.disable:                                 # not a terminal: lines instead of a bar
-                    print(args.title, f"{done}/{args.iterations} loss {line['loss']:.3f}", shown, flush=True)
+                    print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
             if args.keep_every and done % args.keep_every == 0:
                 atomic_write(out / f"params-{done}.pt", {k: w.detach().cpu() for k, w in params.items()})
             if done % args.save_every == 0 or done == args.iterations or stop:
