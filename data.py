@@ -20,6 +20,7 @@ The sampler never holds random state: task j of a mode is a pure function of its
 generator. So every method sees the same test tasks, on every machine, and a resumed run sees the tasks it would have seen.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -52,7 +53,7 @@ PARALLEL_FROM = 2000                                # images; fewer are decoded 
 
 def fail(message):
     """Print one line naming the cause and the remedy to stderr and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -74,7 +75,8 @@ def atomic_write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # torch.save says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         fail(f"cannot write {path} ({error}): make room or choose another place; nothing was changed")
 
 
@@ -213,7 +215,8 @@ def import_class_folders(paths):
     splits = {}
     for path in paths:
         archive = Archive(path)
-        splits[path.stem] = by_folder(archive, archive.image_names())
+        classes = by_folder(archive, archive.image_names())
+        splits[path.stem] = {name.removeprefix(f"{path.stem}/"): images for name, images in classes.items()}
     return splits
 
 
@@ -457,13 +460,15 @@ def build_cache(mode, size, splits, folder):
             np.lib.format.write_array_header_1_0(files[split], {
                 "descr": "|u1", "fortran_order": False, "shape": (count, size, size, channels)})
             starts[split] = files[split].tell()
-        with tqdm(total=len(jobs), desc=f"{mode}: decoding to {size} px", unit=" images", mininterval=0.5) as bar:
+        bar = tqdm(total=len(jobs), desc=f"{mode}: decoding to {size} px, once", unit=" images", disable=None)
+        with bar:
             for first in range(0, len(jobs), 4096):         # bounds the memory: file contents wait in chunks
                 chunk = jobs[first:first + 4096]
                 contents = [(source.read(key), size, mode) for _, _, source, key in chunk]
                 results = pool.imap(decode_one, contents, chunksize=64) if pool else map(decode_one, contents)
                 for (split, row, source, key), pixels in zip(chunk, results):
                     if isinstance(pixels, str):
+                        bar.close()
                         fail(f"{source.path}: image {key} cannot be decoded ({pixels}): replace or remove it")
                     files[split].seek(starts[split] + row * pixels.size)
                     files[split].write(pixels.tobytes())

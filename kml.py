@@ -29,7 +29,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
@@ -317,7 +316,8 @@ def summary(per_task, modes):
 def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
-             "title", "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick")
+             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
+             "title")
     return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -325,7 +325,7 @@ def load(path, args):
     """The checkpoint at `path`. That of another run is an error, which names the difference."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is damaged ({str(error).splitlines()[0]}): choose another --out, or --overwrite")
     here, there = identity(args), checkpoint["identity"]
     for key in here | there:
