@@ -1060,7 +1060,7 @@ def test_readme_commands_run(tmp_path, cache):
     for number, command in enumerate(dict.fromkeys(commands)):
         words = shlex.split(re.split(r"\bpython3? +(?=\w+\.py)", command)[1])
         if words[0] in ("kml.py", "mmaml.py"):
-            words += [*TINY, "--cache-dir", cache, "--out", str(tmp_path / str(number))]
+            words += [*TINY, "--test-tasks", "10", "--cache-dir", cache, "--out", str(tmp_path / str(number))]
         elif words[0] == "data.py":
             words += ["--synthetic", "--image-size", "28", "--cache-dir", cache]
         elif words[0] == "bench.py":
