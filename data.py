@@ -23,11 +23,13 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -53,7 +55,8 @@ PARALLEL_FROM = 2000                                # images; fewer are decoded 
 
 def fail(message):
     """Print one line naming the cause and the remedy to stderr and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error:", *str(message).split(), file=sys.stderr)
+    message = " ".join(f"{Path(sys.argv[0]).name}: error: {message}".split())
+    tqdm.write(message, file=sys.stderr)                # clears progress bars from the line first
     raise SystemExit(2)
 
 
@@ -114,6 +117,11 @@ def split_by_fraction(names):
 
 # --------------------------------------------------------------------------------------------------- reading archives
 
+def files_under(folder):
+    """All files below a folder, sorted, through links too: class folders are often links to another disk."""
+    return sorted(Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
 class Archive:
     """File names and contents of a zip, a tar or a folder, read in place: nothing is ever unpacked to disk.
 
@@ -122,10 +130,10 @@ class Archive:
 
     def __init__(self, path):
         self.path, self.zip, self.tar = Path(path), None, None
+        self.remedy = "complete the folder" if self.path.is_dir() else "fetch it again"
         try:
             if self.path.is_dir():
-                files = [f for f in sorted(self.path.rglob("*")) if f.is_file()]
-                self.names = [f.relative_to(self.path.parent).as_posix() for f in files]
+                self.names = [file.relative_to(self.path.parent).as_posix() for file in files_under(self.path)]
             elif zipfile.is_zipfile(self.path):
                 self.zip = zipfile.ZipFile(self.path)
                 self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
@@ -133,67 +141,100 @@ class Archive:
                 self.tar = tarfile.open(self.path)                # noqa: SIM115 (read from later on)
                 self.members = {member.name: member for member in self.tar if member.isfile()}
                 self.names = list(self.members)
-        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-            fail(f"{self.path}: not a complete zip or tar archive ({error}): delete it and fetch it again")
+        except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            fail(f"{self.path}: not a complete zip or tar archive ({error}): {self.remedy}")
         for name in self.names:
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-                fail(f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, fetch it again")
+                fail(f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, {self.remedy}")
         self.rank = {name: i for i, name in enumerate(self.names)}      # a compressed tar is fast only read in its order
 
     def read(self, name):
         """The bytes of one file."""
+        if name not in self.rank:
+            fail(f"{self.path}: lacks {name}: {self.remedy}")
         try:
             if self.zip:
                 return self.zip.read(name)
             if self.tar:
                 return self.tar.extractfile(self.members[name]).read()
             return (self.path.parent / name).read_bytes()
-        except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-            fail(f"{self.path}: cannot read {name} ({error}): delete the archive and fetch it again")
+        except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            fail(f"{self.path}: cannot read {name} ({error}): {self.remedy}")
+
+    def find(self, ending):
+        """The one file whose path ends so, whatever folders it lies in."""
+        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and "/." not in f"/{name}"]
+        return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
+
+    def check(self, what, found, wanted):
+        """A split is a rule over all classes: of an incomplete archive it would silently be another split."""
+        if found != wanted:
+            fail(f"{self.path}: holds {found} of {wanted} {what}, so the split would be another one: {self.remedy}")
 
     def image_names(self):
         """Names of the images, without the resource forks and thumbnails that operating systems leave in archives."""
         return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)
-                and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+                and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))]
 
 
 class Pixels:
     """Images that come as one uint8 array (n, H, W, 3), as pickled data sets do."""
 
     def __init__(self, path, array):
-        self.path, self.array, self.rank = path, array, range(len(array))
+        if getattr(array, "dtype", None) != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            fail(f"{path}: holds no uint8 array of images (n, H, W, 3): fetch it again")
+        self.path, self.array, self.rank = path, array, {i: i for i in range(len(array))}
 
     def read(self, index):
+        if index not in self.rank:
+            fail(f"{self.path}: names image {index} of {len(self.array)}: fetch it again")
         return self.array[index]
 
 
-def plain_globals():
-    """What a pickle of arrays may name: (module, name) -> what we give it instead of importing it."""
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-               # Python 3 writes bytes into pickles of protocol 2 as latin-1 text to be encoded again.
-               ("_codecs", "encode"): lambda text, encoding: text.encode("latin1")}
-    for core in ("numpy.core", "numpy._core"):          # numpy 1 and numpy 2
-        allowed[f"{core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
-        allowed[f"{core}.numeric", "_frombuffer"] = (
-            lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order))
-    return allowed
+class PlainDtype:
+    """Stands in for numpy.dtype while unpickling: numbers only, no objects."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[|<>=]?[biuf][1248]", str(code)):
+            raise pickle.UnpicklingError(f"it holds an array of {code}")
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = {"<": "<", ">": ">"}.get(state[1], "|") + self.code.lstrip("<>|=")
+
+
+class PlainArray:
+    """Stands in for numpy.ndarray while unpickling: filled from bytes by our own hands, not by numpy's __setstate__."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, content = state
+        self.array = np.frombuffer(content.encode("latin1") if isinstance(content, str) else content, dtype.code)
+        self.array = self.array.reshape(shape, order="F" if fortran else "C")
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
+    """Reads numeric arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
 
     def find_class(self, module, name):
-        try:
-            return plain_globals()[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+        module = module.replace("numpy._core", "numpy.core")            # numpy 2 and numpy 1
+        stand_ins = {
+            ("numpy", "ndarray"): None, ("numpy", "dtype"): PlainDtype,
+            ("numpy.core.multiarray", "_reconstruct"): lambda *_: PlainArray(),
+            ("numpy.core.multiarray", "scalar"): lambda dtype, content: np.frombuffer(content, dtype.code)[0],
+            ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order:
+                np.frombuffer(content, dtype.code).reshape(shape, order=order),
+            ("_codecs", "encode"): lambda text, _: text.encode("latin1")}       # bytes in protocol 2
+        if (module, name) not in stand_ins:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return stand_ins[module, name]
 
 
 def read_pickle(path, content):
-    """Unpickle `content` (bytes or an open file) that came from `path`; arrays and plain containers only."""
+    """Unpickle `content` (bytes or an open file) that came from `path`: a dict of arrays and plain containers."""
     try:
         file = io.BytesIO(content) if isinstance(content, bytes) else content
-        return PlainUnpickler(file, encoding="latin1").load()
+        found = PlainUnpickler(file, encoding="latin1").load()
+        return {key: getattr(value, "array", value) for key, value in found.items()}
     except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
         fail(f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again")
 
@@ -230,6 +271,8 @@ def import_omniglot(paths):
         archive = Archive(path)
         for character, images in by_folder(archive, archive.image_names()).items():
             alphabets.setdefault(character.rpartition("/")[0], {})[character] = images
+        archive.check("characters", sum(name.startswith(path.stem) for a in alphabets for name in alphabets[a]),
+                      {"images_background": 964, "images_evaluation": 659}[path.stem])
     order = list(alphabets)             # background first, each set sorted by name
     np.random.RandomState(123).shuffle(order)
     characters = [(name, images) for alphabet in order for name, images in alphabets[alphabet].items()]
@@ -244,8 +287,9 @@ def import_miniimagenet_pickles(paths):
             content = read_pickle(path, file)
         try:
             pixels = Pixels(path, content["image_data"])
-            splits[split] = {name: [(pixels, int(i)) for i in rows] for name, rows in sorted(content["class_dict"].items())}
-        except (KeyError, TypeError, AttributeError):
+            splits[split] = {name: [(pixels, int(i)) for i in getattr(rows, "array", rows)]
+                             for name, rows in sorted(content["class_dict"].items())}
+        except (KeyError, TypeError, ValueError, AttributeError):
             fail(f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again")
     return splits
 
@@ -257,9 +301,12 @@ def import_miniimagenet_images(paths):
     splits = {}
     for split, table in zip(SPLITS, tables):
         with open(table, newline="") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            if rows.fieldnames != ["filename", "label"]:
+                fail(f"{table}: does not begin with the line filename,label: fetch Ravi and Larochelle's table again")
+            for row in sorted(rows, key=lambda row: (row["label"], row["filename"])):
                 if row["filename"] not in by_name:
-                    fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: complete the folder")
+                    fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: {archive.remedy}")
                 splits.setdefault(split, {}).setdefault(row["label"], []).append((archive, by_name[row["filename"]]))
     return splits
 
@@ -267,15 +314,15 @@ def import_miniimagenet_images(paths):
 def import_fc100(paths):
     """cifar-100-python: pickles `train` and `test` (merged: 600 images a class) and `meta`; split by superclass."""
     archive = Archive(paths[0])
-    folder = archive.names[0].split("/")[0] if archive.names else ""
-    fine_names = read_pickle(archive.path, archive.read(f"{folder}/meta"))["fine_label_names"]
+    fine_names = read_pickle(archive.path, archive.read(archive.find("meta")))["fine_label_names"]
     splits = {split: {} for split in SPLITS}
     for part in ("train", "test"):
-        content = read_pickle(archive.path, archive.read(f"{folder}/{part}"))
+        content = read_pickle(archive.path, archive.read(archive.find(part)))
         pixels = Pixels(archive.path, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         for row, (fine, coarse) in enumerate(zip(content["fine_labels"], content["coarse_labels"])):
             split = next((s for s in FC100 if coarse in FC100[s]), "train")
             splits[split].setdefault(fine, []).append((pixels, row))
+    archive.check("classes", sum(map(len, splits.values())), 100)
     return {split: {fine_names[fine]: classes[fine] for fine in sorted(classes)} for split, classes in splits.items()}
 
 
@@ -284,6 +331,7 @@ def import_cub(paths):
     archive = Archive(paths[0])
     names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
     classes = {folder.rpartition("/")[2]: images for folder, images in by_folder(archive, names).items()}
+    archive.check("classes", len(classes), 200)
     return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
 
 
@@ -293,13 +341,14 @@ def import_aircraft(paths):
     Variant names are compared as they stand in the lists, slash and all, so that F/A-18 stays a test class.
     """
     archive = Archive(paths[0])
-    data = next((name.rpartition("/")[0] for name in archive.names if name.endswith("/variants.txt")), None)
-    if data is None:
-        fail(f"{archive.path}: has no data/variants.txt: not the published FGVC-Aircraft archive; fetch it again")
+    data = archive.find("data/variants.txt").rpartition("/")[0]
     classes = {name: [] for name in archive.read(f"{data}/variants.txt").decode().splitlines() if name}
+    archive.check("variants", len(classes), 100)
     for part in ("trainval", "test"):
         for line in archive.read(f"{data}/images_variant_{part}.txt").decode().splitlines():
             number, _, variant = line.partition(" ")
+            if variant not in classes:
+                fail(f"{archive.path}: its variants.txt lacks {variant}: {archive.remedy}")
             classes[variant].append((archive, f"{data}/images/{number}.jpg"))
     return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
 
@@ -346,12 +395,12 @@ def download(file_name, md5, urls, folder):
     target, part, problems = folder / file_name, folder / f"{file_name}.part", []
     for url in urls:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             have = part.stat().st_size if part.exists() else 0
             request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as reply:
                 have = have if reply.status == 206 else 0                 # 200: the server sends it all again
                 total = have + int(reply.headers.get("Content-Length", 0))
+                folder.mkdir(parents=True, exist_ok=True)
                 with open(part, "ab" if have else "wb") as file, tqdm(
                         total=total or None, initial=have, unit="B", unit_scale=True, desc=file_name) as bar:
                     while block := reply.read(1 << 20):
@@ -360,7 +409,7 @@ def download(file_name, md5, urls, folder):
             if total and part.stat().st_size < total:
                 raise OSError(f"cut after {part.stat().st_size} of {total} bytes; the same command continues")
             break
-        except OSError as error:            # urllib's URLError and HTTPError are OSErrors
+        except (OSError, http.client.HTTPException) as error:           # urllib's own errors are OSErrors
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:
                 break                       # nothing left to send: the part is whole
             problems.append(f"{url}: {error}")
@@ -392,8 +441,8 @@ def canonical_mode(name, root):
 def find_source(mode, root):
     """Where the images of a mode lie -> (importer, [path]) in the order of search, or None."""
     places = [Path(root) / mode, Path(root)]
-    folders = [path for split in SPLITS for path in (places[0] / split, places[0] / f"{split}.zip") if path.exists()]
-    folders = [path for i, path in enumerate(folders) if path.stem not in [p.stem for p in folders[:i]]]
+    both = [(places[0] / split, places[0] / f"{split}.zip") for split in SPLITS]
+    folders = [folder if folder.is_dir() else packed for folder, packed in both if folder.is_dir() or packed.is_file()]
     if folders:
         return import_class_folders, folders
     layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
@@ -409,7 +458,7 @@ def fingerprint(paths):
     """A hash of what a cache is made from: names, sizes and times of the files (not where they lie)."""
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     for path in paths:
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        files = files_under(path) if path.is_dir() else [path]
         for file in files:
             stat = file.stat()
             digest.update(f"{file.relative_to(path.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -435,11 +484,26 @@ def decode_one(job):
     return decode(*job)
 
 
+def sweep(cache_dir):
+    """Remove what a killed process left half-built: folders named after processes that are no more."""
+    for path in Path(cache_dir).glob(".*.*"):
+        if path.is_dir() and path.suffix[1:].isdigit():
+            try:
+                os.kill(int(path.suffix[1:]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:         # alive, and another user's
+                continue
+
+
 def build_cache(mode, size, splits, folder):
     """Decode every image once into `folder`: <split>.npy (n, size, size, C) and classes.json, in one rename at the end."""
     jobs = [(split, row, source, key) for split, classes in splits.items()
             for row, (source, key) in enumerate(item for images in classes.values() for item in images)]
-    jobs.sort(key=lambda job: (str(job[2].path), job[2].rank[job[3]]))              # in the order of the archive
+    jobs.sort(key=lambda job: (str(job[2].path), job[2].rank.get(job[3], -1)))   # in the archive's order
+    for split, classes in splits.items():
+        if not classes:
+            fail(f"{mode}/{split}: no images ({', '.join(IMAGE_SUFFIXES)}) in class folders: put them there")
     if mode == "miniimagenet":
         for split in splits:
             for name in splits[split]:
@@ -447,6 +511,7 @@ def build_cache(mode, size, splits, folder):
                 if home != split:
                     fail(f"mini-ImageNet: {name} stands in {split} but is a {home} class of Ravi & Larochelle: "
                          "this copy has another split; use the published files (python data.py list)")
+    sweep(folder.parent)
     channels = 1 if mode == "omniglot" else 3
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -514,10 +579,9 @@ def fetch(mode, root):
     if mode not in DOWNLOADS:
         fail(f"no data set {mode!r}: looked for {own}; known modes: {', '.join(LAYOUTS)}")
     files, terms = DOWNLOADS[mode]
-    print(f"{mode}: not under {root}; downloading ({terms})", file=sys.stderr)
     for file_name, md5, urls in files:
         if not (Path(root) / mode / file_name).exists() and (problems := download(file_name, md5, urls, Path(root) / mode)):
-            fail(f"{mode} not found: looked for {own} and {file_name} in {root} and {Path(root) / mode}; download failed: "
+            fail(f"{mode} ({terms}) not found: looked for {own} and {file_name} in {root} and {Path(root) / mode}; download failed: "
                  f"{'; '.join(problems)}. Put the file there by hand, or add --synthetic to go on without it")
     return find_source(mode, root)
 
@@ -617,10 +681,10 @@ class Scene:
 def draw_character(scene, c, u):
     """omniglot: c the control points of pen strokes (Bezier curves); u their jitter, pose and pen."""
     strokes = [[(c(-r, r), c(-r, r)) for r in (0.65, 0.9, 0.65)] for _ in range(c.choice([2, 3, 3, 4]))]
-    scene.pose(u, scale=(0.7, 1), turn=0.4, shift=0.2, squeeze=(0.75, 1.25), flip=False)
+    scene.pose(u, scale=(0.8, 1), turn=0.25, shift=0.12, squeeze=(0.8, 1.2), flip=False)
     pen, limbs = u(0.04, 0.08), []
     for stroke in strokes:
-        start, turn, end = [np.stack([x + u(-0.15, 0.15), y + u(-0.15, 0.15)]) for x, y in stroke]
+        start, turn, end = [np.stack([x + u(-0.1, 0.1), y + u(-0.1, 0.1)]) for x, y in stroke]
         curve = [(1 - t) ** 2 * start + 2 * t * (1 - t) * turn + t ** 2 * end for t in np.linspace(0, 1, 7)]
         limbs += [(*a, *b, pen, pen) for a, b in pairwise(curve)]
     scene.paint(scene.limbs(*limbs), 1)
@@ -664,7 +728,7 @@ def draw_bird(scene, c, u):
     """cub: always a bird on a branch; c proportions and plumage, u pose, tint, light and foliage."""
     leaf, shade = (u.colour((0.2, 0.7), (0.3, 0.9), (0.15, 0.6)) for _ in range(2))
     scene.picture += leaf + (shade - leaf) * scene.clouds(u, 1.2)
-    scene.pose(u, scale=(0.6, 1), turn=0.35, shift=0.2, squeeze=(0.85, 1.15))
+    scene.pose(u, scale=(0.75, 1), turn=0.25, shift=0.12, squeeze=(0.85, 1.15))
     coat, breast, wing, cap = (c.colour((0.1, 0.8), (0.2, 0.9), (-0.1, 0.7)) + u.colour((0, 1), (-0.2, 0.2))
                                for _ in range(4))
     bark, horn = u.colour((0.3, 0.5), (0.1, 0.4), (0, 0.1)), c.colour((0.5, 1), (0.2, 1), (0, 0.17))
@@ -691,7 +755,7 @@ def draw_plane(scene, c, u):
     """aircraft: a dark outline from below; c wings, tail and engines, u sky, pose, heading and contrast."""
     blue = u(0, 0.06) * np.array([-1, 0, 1]).reshape(3, 1, 1, 1)
     scene.picture += u(0.6, 0.9) + u(-0.2, 0.2) * scene.y + u(0, 0.35) * (scene.clouds(u, 1) - 0.3) + blue
-    scene.pose(u, scale=(0.65, 1), turn=0.5, shift=0.15, squeeze=(0.75, 1))
+    scene.pose(u, scale=(0.85, 1.05), turn=0.25, shift=0.1, squeeze=(0.85, 1), flip=False)
     scene.y = np.abs(scene.y)  # the two sides mirror each other: draw one, get both
     nose, girth, thin, root, tip = c(0.6, 0.9), c(0.06, 0.13), c(0.2, 0.7), c(0.09, 0.2), c(0.02, 0.08)
     front, sweep, span = c(-0.1, 0.3), c(-0.05, 0.5), c(0.5, 0.95)
@@ -775,7 +839,7 @@ class Episodes:
         self.modes = [canonical_mode(mode, root) for mode in modes]
         self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
         self.seed, self.size, self.device = seed, image_size, torch.device(device)
-        self.images, self.counts, self.offsets, self.class_names, self.drawn = [], [], [], [], {}
+        self.images, self.counts, self.offsets, self.class_names, self.folders, self.drawn = [], [], [], [], [], {}
         if len(set(self.modes)) < len(self.modes):
             fail(f"--modes names a data set twice: {' '.join(self.modes)}")
         for mode in self.modes:
@@ -792,6 +856,7 @@ class Episodes:
             self.counts.append(np.array([count for _, count in classes]))
             self.offsets.append(np.cumsum(self.counts[-1]) - self.counts[-1])
             self.class_names.append([name for name, _ in classes])
+            self.folders.append(folder.name)                # names what the images were made from
 
     @classmethod
     def of(cls, args, split):
@@ -850,10 +915,10 @@ class Episodes:
                     (first + torch.arange(count)) % M)
 
     def sha256(self, count):
-        """A hash of what the first `count` tasks are made of: equal hashes, equal tasks."""
+        """A hash of the first `count` tasks: modes, names and sizes of their classes, and the indices drawn."""
         digest = hashlib.sha256()
         for m, mode in enumerate(self.modes):
-            digest.update(mode.encode())
+            digest.update(f"{mode} {self.class_names[m]} {self.counts[m].tolist()}".encode())
             if tasks := len(range(m, count, len(self.modes))):
                 for array in self.indices(m, 0, tasks):
                     digest.update(array.astype("<i8").tobytes())
@@ -866,25 +931,25 @@ def distinct(u, counts):
     Args: u (R, k) uniform in [0, 1); counts (R,) int, all >= k. Returns int64 (R, k). Fisher-Yates, all rows at once.
     """
     R, k = u.shape
-    deck, rows = np.tile(np.arange(counts.max()), (R, 1)), np.arange(R)
+    deck, rows = np.tile(np.arange(counts.max(), dtype=np.int32), (R, 1)), np.arange(R)
     for i in range(k):
         j = i + (u[:, i] * (counts - i)).astype(np.int64)
         deck[rows, j], deck[:, i] = deck[:, i].copy(), deck[rows, j]
-    return deck[:, :k]
+    return deck[:, :k].astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------- tool
 
-def show(episodes, number, path, queries=6, cell=84):
-    """Write a picture of task `number`: a row per class, its support images left of the bar, its first queries right."""
+def show(episodes, number, path, cell=84):
+    """Write a picture of task `number`: a row per class, its support images left of the gap, its queries right."""
     task = episodes.tasks(number, 1)
-    N, K, Q, gap = episodes.ways, episodes.shots, min(queries, episodes.queries), 12
+    N, K, Q, gap = episodes.ways, episodes.shots, episodes.queries, 12
     picture = Image.new("RGB", ((K + Q) * (cell + 2) + gap, N * (cell + 2) + 16), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((2, 2), f"{episodes.modes[number % len(episodes.modes)]} {episodes.split} task {number}: support", "black")
     pen.text((K * (cell + 2) + gap, 2), "query", "black")
     for n in range(N):
-        for x, first, total, left in ((task.support_x[0], n * K, K, 0), (task.query_x[0], n * episodes.queries, Q, K)):
+        for x, first, total, left in ((task.support_x[0], n * K, K, 0), (task.query_x[0], n * Q, Q, K)):
             for i in range(total):
                 tile = (x[first + i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
                 tile = Image.fromarray(tile).resize((cell, cell), Image.Resampling.NEAREST)
@@ -906,13 +971,19 @@ def main():
     parser.add_argument("--task", type=int, default=0, help="show: number of the task")
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--queries", type=int, default=6, help="show: query images a class")
     parser.add_argument("--out", help="show: the picture's path (episode-<mode>.png)")
     parser.error = fail
     args = parser.parse_args()
     places = args.data_root, args.cache_dir, args.synthetic
     modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
+    if min(args.image_size, args.ways, args.shots, args.queries) < 1 or args.task < 0:
+        fail("--image-size, --ways, --shots and --queries start at 1, --task at 0")
+    if args.out and (args.command != "show" or len(modes) > 1):
+        fail("--out names the picture of one mode: show one mode, or leave --out away")
     if args.command == "list":
-        for mode in modes or list(LAYOUTS):
+        own = [path.name for path in sorted(Path(args.data_root).glob("*")) if find_source(path.name, args.data_root)]
+        for mode in modes or [*LAYOUTS, *(name for name in own if name not in LAYOUTS)]:
             source, terms = find_source(mode, args.data_root), DOWNLOADS.get(mode, ("", "your own"))[1]
             cached = [p.parent.name for p in sorted(Path(args.cache_dir).glob(f"{mode}-*/classes.json"))]
             where = ", ".join(map(str, source[1])) if source else "not found; downloaded when needed"
@@ -927,7 +998,7 @@ def main():
     else:
         for mode in modes:
             path = args.out or f"episode-{mode}.png"
-            show(Episodes([mode], args.split, args.ways, args.shots, 15, args.image_size, None, "cpu", *places),
+            show(Episodes([mode], args.split, args.ways, args.shots, args.queries, args.image_size, None, "cpu", *places),
                  args.task, path)
             print(path)
 

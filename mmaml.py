@@ -32,7 +32,6 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,8 +93,9 @@ def get_args(argv=None):
     p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
     p.add_argument("--keep-every", type=int, default=0, help="iterations between kept parameters")
     p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
-    p.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
-    p.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
+    start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
     defaults = vars(p.parse_args([]))
     if p.parse_known_args(argv)[0].quick:
         p.set_defaults(**QUICK)
@@ -105,13 +105,13 @@ def get_args(argv=None):
     if args.out is None:                                # named by its method and what is not default
         words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
         args.out = os.path.join("runs", "-".join([METHODS[args.modulation], *args.modes, *words]).lower())
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        fail(f"--device {args.device}: PyTorch sees no such device here; use --device cpu")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
+    if args.device not in ("cpu", *gpus):
+        fail(f"--device {args.device}: not there; choose from {' '.join(['cpu', *gpus])}")
     for key, value in vars(args).items():
         least = LEAST.get(key, 0) * (len(args.modes) if key.endswith("_tasks") else 1)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
+        if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
             fail(f"--{key.replace('_', '-')} {value}: give a number from {least} on")
     return args
 
@@ -144,7 +144,9 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
+    W, b = params[f"{name}.weight"], params[f"{name}.bias"]
+    with torch.autocast(x.device.type, enabled=False):      # bf16 is for convolutions: 1 + M needs more
+        return F.linear(x.to(W.dtype), W, b)
 
 
 def forward(params, x, stats=None):
@@ -192,8 +194,7 @@ def modulate(theta, omega):
 def init_params(args):
     """All parameters, drawn from the seed -> flat dict. The base network's are the same for every modulation.
 
-    Inits as in MMAML's released code: Xavier and zero for the base network, PyTorch's default for the others.
-    scales start near 0.06: training starts close to plain MAML.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the others; scales start near 0.09.
     """
     rng, params = torch.Generator().manual_seed(args.seed), {}
     widths = [3] + [args.channels * 2 ** i for i in range(len(LAYERS))]
@@ -284,8 +285,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 def evaluate(params, episodes, count, args):
     """Accuracy in % of the first `count` tasks -> array (2, count): row 0 the paper's protocol, 1 inductive.
 
-    The papers' BatchNorm takes the statistics of the query images together, so that a prediction knows the
-    other queries. Inductive: those of the adapted network on the support images. Same tasks, same adaptation.
+    See PROTOCOLS: under the paper's a prediction knows the other queries. Same tasks, same adaptation.
     """
     rows = []
     with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} tasks", disable=None, leave=False) as bar:
@@ -319,9 +319,9 @@ def load(path, args):
     """The checkpoint at `path`. That of another run is an error, which names the difference."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        here, there = identity(args), checkpoint["identity"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        fail(f"{path} is damaged ({str(error).splitlines()[0]}): choose another --out, or --overwrite")
-    here, there = identity(args), checkpoint["identity"]
+        fail(f"{path} is no checkpoint ({type(error).__name__}): choose another --out, or --overwrite")
     for key in here | there:
         if here.get(key) != there.get(key):
             fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
@@ -338,13 +338,14 @@ def train(params, args, checkpoint, stop):
         return done, before
     episodes, validation = Episodes.of(args, "train"), args.val_every and Episodes.of(args, "val")
     out, T, M, start, begun = Path(args.out), args.meta_batch, len(args.modes), done, time.perf_counter()
+    deadline, ending = begun + (math.inf if args.stop_after is None else args.stop_after), False
     log = out / "log.jsonl"     # lines from after the checkpoint, if the run was killed, will come again
-    lines = log.read_text().splitlines(keepends=True) if checkpoint and log.exists() else []
-    atomic_write(log, "".join(line for line in lines if json.loads(line)["iteration"] <= done))
+    lines = log.read_text().splitlines() if checkpoint and log.exists() else []
+    lines = [line for line in lines if json.loads(line)["iteration"] <= done]
     for number in (signal.SIGINT, signal.SIGTERM):      # the first ends the run cleanly, a second one at once
         signal.signal(number, lambda n, _: (stop.append(f"signal {n}"), signal.signal(n, signal.SIG_DFL)))
     with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
-        while done < args.iterations and not stop:
+        while not ending:
             optimizer.zero_grad()
             losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
             optimizer.step()
@@ -355,31 +356,32 @@ def train(params, args, checkpoint, stop):
             if done - start == 20:
                 left = seconds / 20 * (args.iterations - done) / 60
                 bar.write(f"about {left:.0f} min to the end" + "; try --quick?" * (left > 120), sys.stderr)
-            if args.stop_after is not None and seconds > args.stop_after:
+            if time.perf_counter() > deadline:
                 stop.append("--stop-after")
+            ending = bool(stop) or done == args.iterations
             if done % args.log_every == 0 or done == args.iterations:
                 losses, accuracies = torch.stack([x.cpu() for x in window]).unbind(1)     # (iterations, T)
-                if not losses.isfinite().all():
-                    fail(f"loss not finite near iteration {done}: lower --lr or --inner-lr, in another --out")
                 mode = torch.arange((done - len(window)) * T, done * T).view(losses.shape) % M
                 shown = {args.modes[m]: accuracies[mode == m].mean().item() for m in mode.unique()}
                 norms = {part: math.hypot(*(w.grad.norm().item() for w in group(params, part).values()))
                          for part in PARTS}
+                if not math.isfinite(losses.sum() + sum(norms.values())):
+                    fail(f"not finite near iteration {done}: lower --lr or --inner-lr, in another --out")
                 line = {"iteration": done, "loss": losses.mean().item(), "accuracy": shown,
                         "gradient_norm": norms, "seconds": before + seconds, "synthetic": args.synthetic}
                 if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
                     rows = evaluate(params, validation, args.val_tasks, args)
                     line["validation"] = dict(zip(PROTOCOLS, [summary(x, args.modes) for x in rows]))
                     begun = time.perf_counter() - seconds       # seconds count training alone
-                with open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                lines.append(json.dumps(line))
+                atomic_write(log, "\n".join(lines) + "\n")
                 window, shown = [], {k: f"{x:.1f}%" for k, x in shown.items()}
                 bar.set_postfix(loss=f"{line['loss']:.3f}", **shown)
                 if bar.disable:                                 # not a terminal: lines instead of a bar
                     print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
             if args.keep_every and done % args.keep_every == 0:
                 atomic_write(out / f"params-{done}.pt", {k: w.detach().cpu() for k, w in params.items()})
-            if done % args.save_every == 0 or done == args.iterations or stop:
+            if done % args.save_every == 0 or ending:
                 weights = {k: w.detach().cpu() for k, w in params.items()}
                 atomic_write(out / "checkpoint.pt", {
                     "identity": identity(args), "iteration": done, "seconds": before + seconds,
@@ -403,8 +405,8 @@ def report(result, args):
 def main():
     args = get_args()
     out, stop, test = Path(args.out), [], Episodes.of(args, "test")
-    for file in ("checkpoint.pt", "log.jsonl", "result.json") if args.overwrite else ():
-        (out / file).unlink(missing_ok=True)
+    for file in (*out.glob("*.pt"), out / "log.jsonl", out / "result.json") if args.overwrite else ():
+        file.unlink(missing_ok=True)
     checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
     if args.eval_only and not checkpoint:
         fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
@@ -417,22 +419,21 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):      # training is saved; evaluation may be cut anywhere
         signal.signal(number, signal.SIG_DFL)
     file, tasks = out / "result.json", test.sha256(args.test_tasks)
-    result = json.loads(file.read_text()) if file.exists() else {}
-    if (result.get("iterations"), result.get("tasks_sha256")) != (done, tasks):
+    result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
+    if [result.get(k) for k in ("iterations", "tasks_sha256", "data")] != [done, tasks, test.folders]:
         rows = evaluate(params, test, args.test_tasks, args)
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
         result = {
             "method": METHODS[args.modulation], "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "accuracy": summary(rows[0], args.modes),
+            "tasks_sha256": tasks, "data": test.folders, "accuracy": summary(rows[0], args.modes),
             "accuracy_inductive": summary(rows[1], args.modes), "iterations": done,
             "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
             "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
             "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
-                         "device": f"{device}, {torch.get_num_threads()} CPU threads"},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
+                         "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
             "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist(),
             "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)]}
         atomic_write(file, json.dumps(result))

@@ -312,6 +312,9 @@ def test_bf16_stays_close_to_fp32():
         assert all(w.grad is not None and w.grad.dtype == torch.float32 for w in params.values())
     assert not torch.equal(*losses)
     torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        omega = kml.modulation(params, kml.encode_task(params, make_task(dtype=torch.float32).support_x))
+    assert all(w.dtype == torch.float32 for w in omega.values()), "1 + M has too few digits in bf16"
 
 
 # ---------------------------------------------------------------------------------------------------------- episodes
@@ -388,6 +391,20 @@ def test_distinct_draws_every_arrangement_equally():
     assert data.distinct(np.full((2, 3), 1 - 1e-16), np.array([3, 9])).tolist() == [[2, 0, 1], [8, 0, 1]]
 
 
+def test_links_and_leftovers(tmp_path, capsys):
+    """Class folders may be links; what a killed process left half-built goes; an empty split is an error."""
+    for split in data.SPLITS:
+        picture(tmp_path / "elsewhere" / split / "1.png")
+        (tmp_path / "root" / "mine" / split).mkdir(parents=True)
+    left = tmp_path / "cache" / f".mine-8-abc.{2 ** 22 + 1}"            # above any process number
+    left.mkdir(parents=True)
+    fails(capsys, lambda: prepared("mine", tmp_path), "mine/train: no images")
+    for split in data.SPLITS:
+        (tmp_path / "root" / "mine" / split / "a").symlink_to(tmp_path / "elsewhere" / split)
+    assert prepared("mine", tmp_path)[0]["train"] == [["a", 1]]
+    assert not left.exists()
+
+
 def test_ragged_classes(tmp_path):
     for split, sizes in (("train", (4, 9, 5)), ("test", (4, 4, 4))):
         for c, n in enumerate(sizes):
@@ -455,16 +472,16 @@ def prepared(mode, tmp_path, size=8):
 def test_import_omniglot(tmp_path):
     """Two zips, alphabets and characters; ink becomes bright."""
     black = picture(None, colour=(0, 0, 0), mode="1")
-    for part, alphabets in (("images_background", 30), ("images_evaluation", 20)):
+    for part, characters in (("images_background", 964), ("images_evaluation", 659)):
         write_zip(tmp_path / "root" / f"{part}.zip", {
-            f"{part}/Alphabet_{a:02d}/character{c:02d}/{c:04d}_{i:02d}.png": black
-            for a in range(alphabets) for c in range(1, 34) for i in range(1, 3)} | {"__MACOSX/._x.png": b"junk"})
+            f"{part}/Alphabet_{c // 33:02d}/character{c % 33 + 1:02d}/{c:04d}_{i:02d}.png": black
+            for c in range(characters) for i in range(1, 3)} | {"__MACOSX/._x.png": b"junk"})
     classes, pixels = prepared("omniglot", tmp_path)
-    assert [len(classes[s]) for s in data.SPLITS] == [1028, 172, 1650 - 1200]
+    assert [len(classes[s]) for s in data.SPLITS] == [1028, 172, 423]
     assert pixels["train"].shape == (2056, 8, 8, 1)
     assert (pixels["test"] == 255).all()
     names = [name for s in data.SPLITS for name, _ in classes[s]]
-    assert len(set(names)) == 1650
+    assert len(set(names)) == 1623
     assert re.fullmatch(r"images_(background|evaluation)/Alphabet_\d\d/character\d\d", names[0])
     alphabets = [{name.rpartition("/")[0] for name, _ in classes[s]} for s in data.SPLITS]
     assert sum(len(a & b) for i, a in enumerate(alphabets) for b in alphabets[:i]) <= 2
@@ -481,8 +498,10 @@ def test_omniglot_split_is_the_reference():
 
 def miniimagenet_pickle(names, protocol):
     images = np.random.default_rng(0).integers(0, 256, (2 * len(names), 84, 84, 3), np.uint8)
-    return images, pickle.dumps({"image_data": images, "class_dict": {name: [2 * i, 2 * i + 1] for i, name in
-                                                                       enumerate(names)}}, protocol=protocol)
+    rows = {name: [2 * i, 2 * i + 1] for i, name in enumerate(names)}
+    rows[names[0]] = np.array([0, 1])               # indices as an array, and as numpy integers
+    rows[names[1]] = list(np.array([2, 3]))
+    return images, pickle.dumps({"image_data": images, "class_dict": rows}, protocol=protocol)
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -691,6 +710,8 @@ def test_broken_archives(tmp_path, capsys):
     whole = (tmp_path / "root" / "CUB_200_2011.tgz").read_bytes()
     (tmp_path / "root" / "CUB_200_2011.tgz").write_bytes(whole[:len(whole) // 2])
     fails(capsys, lambda: prepared("cub", tmp_path), "CUB_200_2011.tgz", "fetch it again")
+    write_tar(tmp_path / "root" / "CUB_200_2011.tgz", {f"CUB_200_2011/images/{n}/1.jpg": picture(None) for n in cub_names()[1:]})
+    fails(capsys, lambda: prepared("cub", tmp_path), "199 of 200 classes", "another one")
     (tmp_path / "root" / "mine").mkdir()
     (tmp_path / "root" / "mine" / "train.zip").write_bytes(b"PK but no more")
     fails(capsys, lambda: prepared("mine", tmp_path), "train.zip", "fetch it again")
@@ -702,14 +723,25 @@ class Evil:
         return os.system, ("echo evil",)
 
 
+class Pointers:
+    """An array of objects over bytes of the attacker's choice: following such a pointer would crash the process."""
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), b"A" * 8)
+
+
 def test_pickles_may_not_run_code(tmp_path, capfd):
     for part in ("train", "validation", "test"):
         path = tmp_path / "root" / f"mini-imagenet-cache-{part}.pkl"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pickle.dumps({"image_data": Evil(), "class_dict": {}}))
+        path.write_bytes(miniimagenet_pickle(data.MINIIMAGENET[{"validation": "val"}.get(part, part)][:3], 4)[1])
+    path.with_name("mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps({"image_data": Evil(), "class_dict": {}}))
     fails(capfd, lambda: prepared("miniimagenet", tmp_path), "plain containers", "system")
-    for content in (b"", b"\x80\x05garbage", pickle.dumps([1, 2])):
-        path.with_name("mini-imagenet-cache-train.pkl").write_bytes(content)
+    path = path.with_name("mini-imagenet-cache-train.pkl")
+    for content in (b"", b"\x80\x05garbage", pickle.dumps([1, 2]), pickle.dumps({"image_data": Pointers(), "class_dict": {}}),
+                    pickle.dumps({"image_data": np.array([Path("x")]), "class_dict": {}}),
+                    pickle.dumps({"image_data": np.zeros((2, 9, 9, 3)), "class_dict": {}}),
+                    pickle.dumps({"image_data": np.zeros((2, 9, 9, 3), np.uint8), "class_dict": {"n1": [0, 7]}})):
+        path.write_bytes(content)
         fails(capfd, lambda: prepared("miniimagenet", tmp_path), "mini-imagenet-cache-train.pkl")
     assert "evil" not in capfd.readouterr().out
 
@@ -804,7 +836,8 @@ def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     ("--ways 1", "--ways 1: give a number from 2 on"), ("--shots 0", "--shots"), ("--shots many", "--shots"),
     ("--lr nan", "--lr"), ("--inner-lr -1", "--inner-lr"), ("--test-tasks 3", "--test-tasks"), ("--device tpu", "--device"),
-    ("--modulation filme", "invalid choice"), ("--no-such-flag", "--no-such-flag"), ("--log-every 0", "--log-every")])
+    ("--modulation filme", "invalid choice"), ("--no-such-flag", "--no-such-flag"), ("--log-every 0", "--log-every"),
+    ("--seed 99999999999999999999999", "--seed"), ("--device cuda:99", "choose from cpu")])
 def test_bad_arguments(capsys, words, said):
     fails(capsys, lambda: kml.get_args(words.split()), said)
 
@@ -929,8 +962,15 @@ def test_growing_runs_identity_and_overwrite(tmp_path, cache, monkeypatch, capsy
     assert json.loads((tmp_path / "result.json").read_text())["iterations"] == 1
     call(kml, monkeypatch, *words, "--lr", 0.5, "--iterations", 9, "--eval-only")
     assert json.loads((tmp_path / "result.json").read_text())["iterations"] == 1
-    (tmp_path / "checkpoint.pt").write_bytes(b"rubbish")
-    fails(capsys, lambda: call(kml, monkeypatch, *words), "damaged", "--overwrite")
+    fails(capsys, lambda: call(kml, monkeypatch, *words, "--eval-only", "--overwrite"), "not allowed with")
+    for rubbish in (b"rubbish", b"", (tmp_path / "checkpoint.pt").read_bytes()[:999]):
+        (tmp_path / "checkpoint.pt").write_bytes(rubbish)
+        fails(capsys, lambda: call(kml, monkeypatch, *words), "no checkpoint", "--overwrite")
+    torch.save({"params": 1}, tmp_path / "checkpoint.pt")
+    fails(capsys, lambda: call(kml, monkeypatch, *words), "no checkpoint (KeyError)")
+    (tmp_path / "checkpoint.pt").unlink()
+    call(kml, monkeypatch, *words, "--lr", 0.25)                        # a result without its checkpoint is not this run's
+    assert json.loads((tmp_path / "result.json").read_text())["args"]["lr"] == 0.25
     fails(capsys, lambda: call(kml, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path / "none", "--eval-only"),
           "--eval-only", "train first")
 
@@ -975,7 +1015,7 @@ def test_stop_after(tmp_path, cache, monkeypatch, capsys):
 
 def test_a_diverging_run_says_so(tmp_path, cache, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        call(kml, monkeypatch, *TINY, "--lr", 1e30, "--cache-dir", cache, "--out", tmp_path)
+        call(kml, monkeypatch, *TINY, "--lr", 1e18, "--cache-dir", cache, "--out", tmp_path)
     assert stop.value.code == 2
     assert "not finite" in capsys.readouterr().err
 
