@@ -210,9 +210,9 @@ def init_params(args):
         return torch.nn.init.xavier_uniform_(torch.empty(shape), generator=rng)
 
     def default(name, *shape):
-        bound = math.prod(shape[1:]) ** -0.5
-        params[f"{name}.weight"] = bound * (2 * torch.rand(shape, generator=rng) - 1)
-        params[f"{name}.bias"] = bound * (2 * torch.rand(shape[0], generator=rng) - 1)
+        root = math.sqrt(math.prod(shape[1:]))          # uniform within 1 / root of the number of inputs
+        params[f"{name}.weight"] = (2 * torch.rand(shape, generator=rng) - 1) / root
+        params[f"{name}.bias"] = (2 * torch.rand(shape[0], generator=rng) - 1) / root
 
     for l, c_in, c_out in layers:
         params |= {f"conv{l}.weight": xavier(c_out, c_in, 3, 3), f"conv{l}.bias": torch.zeros(c_out)}

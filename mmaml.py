@@ -194,7 +194,7 @@ def modulate(theta, omega):
 def init_params(args):
     """All parameters, drawn from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the others; scales start near 0.09.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the others; scales start at 0.09.
     """
     rng, params = torch.Generator().manual_seed(args.seed), {}
     widths = [3] + [args.channels * 2 ** i for i in range(len(LAYERS))]
@@ -204,9 +204,9 @@ def init_params(args):
         return torch.nn.init.xavier_uniform_(torch.empty(shape), generator=rng)
 
     def default(name, *shape):
-        bound = math.prod(shape[1:]) ** -0.5
-        params[f"{name}.weight"] = bound * (2 * torch.rand(shape, generator=rng) - 1)
-        params[f"{name}.bias"] = bound * (2 * torch.rand(shape[0], generator=rng) - 1)
+        root = math.sqrt(math.prod(shape[1:]))          # uniform within 1 / root of the number of inputs
+        params[f"{name}.weight"] = (2 * torch.rand(shape, generator=rng) - 1) / root
+        params[f"{name}.bias"] = (2 * torch.rand(shape[0], generator=rng) - 1) / root
 
     for l, c_in, c_out in layers:
         params |= {f"conv{l}.weight": xavier(c_out, c_in, 3, 3), f"conv{l}.bias": torch.zeros(c_out)}
