@@ -49,7 +49,7 @@ PARTS = ("base", "encoder", "generator")            # of the parameters
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 150, "test_tasks": 200}
-PAPER = {   # KML paper, Table 1: overall accuracy in %, 5 ways, (1-shot, 5-shot); F: fc100, M: mini, O: ...
+PAPER = {   # KML paper, Table 1: overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
     "MAML": {"FM": (40.53, 54.11), "MO": (65.18, 74.18), "FMO": (54.40, 66.51), "ACFMO": (47.19, 58.13)},
     "MMAML": {"FM": (39.11, 52.02), "MO": (67.67, 73.52), "FMO": (57.35, 64.21), "ACFMO": (49.53, 58.89)},
     "MMAML+KML": {"FM": (40.73, 53.72), "MO": (68.01, 77.02), "FMO": (57.68, 67.12), "ACFMO": (50.31, 60.51)}}
@@ -162,7 +162,7 @@ def forward(params, x, stats=None):
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
 
-    A mean over images knows no order; sorting by brightness makes that exact, as floating-point sums do.
+    A mean over images has no order, but sums in floating point have one: so the images are sorted first.
     """
     x, encoder = support_x[support_x.sum((1, 2, 3)).argsort()], group(params, "encoder")
     for l in LAYERS:
