@@ -59,8 +59,8 @@ LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 8, "channels": 1, "m
 
 
 def get_args(argv=None):
-    """The command line. Help gives the paper's value (P), the released code's (C), ours where it differs."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = __doc__.split("\n")[0] + " P: the paper's value; C: the released code's, ours unless it says so."
+    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
     p.error = fail
     p.add_argument("--modulation", default=list(METHODS)[-1], choices=METHODS, help="none is plain MAML")
     p.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE",
@@ -70,7 +70,7 @@ def get_args(argv=None):
     p.add_argument("--queries", type=int, default=15, help="Q, query images a class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
     p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next (C: 32)")
-    p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C)")
+    p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: so)")
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size (C: 0.05)")
     p.add_argument("--inner-clip", type=float, default=20.0, help="of their gradient's entries (C: 20)")
