@@ -31,6 +31,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import urllib.error
@@ -163,7 +164,7 @@ class Archive:
 
     def find(self, ending):
         """The one file whose path ends so, whatever folders it lies in."""
-        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and "/." not in f"/{name}"]
+        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and "/._" not in f"/{name}"]
         return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
 
     def check(self, what, found, wanted):
@@ -465,15 +466,18 @@ def fingerprint(paths):
     return digest.hexdigest()[:12]
 
 
-def decode(content, size, mode):
-    """One image (file content or uint8 array) -> uint8 (size, size, C), C = 1 for Omniglot, else 3; or an error message."""
+def decode(content, size, mode, banner=0):
+    """One image (file content or uint8 array) -> uint8 (size, size, C), C = 1 for Omniglot, else 3; or an error message.
+
+    banner: rows of pixels to cut from the bottom.
+    """
     try:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
         image = image.convert("L" if mode == "omniglot" else "RGB")
     except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
         return str(error) or type(error).__name__
-    if mode == "aircraft":          # the lowest 20 pixels of every published photograph are its copyright banner
-        image = image.crop((0, 0, image.width, max(1, image.height - 20)))
+    if banner:
+        image = image.crop((0, 0, image.width, max(1, image.height - banner)))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image).reshape(size, size, -1)
@@ -487,7 +491,7 @@ def decode_one(job):
 def sweep(cache_dir):
     """Remove what a killed process left half-built: folders named after processes that are no more."""
     for path in Path(cache_dir).glob(".*.*"):
-        if path.is_dir() and path.suffix[1:].isdigit():
+        if path.is_dir() and path.suffix[1:].isdigit() and os.name == "posix":
             try:
                 os.kill(int(path.suffix[1:]), 0)
             except ProcessLookupError:
@@ -496,7 +500,7 @@ def sweep(cache_dir):
                 continue
 
 
-def build_cache(mode, size, splits, folder):
+def build_cache(mode, size, splits, folder, banner=0):
     """Decode every image once into `folder`: <split>.npy (n, size, size, C) and classes.json, in one rename at the end."""
     jobs = [(split, row, source, key) for split, classes in splits.items()
             for row, (source, key) in enumerate(item for images in classes.values() for item in images)]
@@ -515,7 +519,9 @@ def build_cache(mode, size, splits, folder):
     channels = 1 if mode == "omniglot" else 3
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = multiprocessing.get_context("spawn").Pool(workers) if len(jobs) >= PARALLEL_FROM and workers > 1 else None
+    pool = None
+    if len(jobs) >= PARALLEL_FROM and workers > 1:          # processes: Pillow decodes WebP on one thread at a time
+        pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         files, starts = {}, {}
@@ -529,7 +535,7 @@ def build_cache(mode, size, splits, folder):
         with bar:
             for first in range(0, len(jobs), 4096):         # bounds the memory: file contents wait in chunks
                 chunk = jobs[first:first + 4096]
-                contents = [(source.read(key), size, mode) for _, _, source, key in chunk]
+                contents = [(source.read(key), size, mode, banner) for _, _, source, key in chunk]
                 results = pool.imap(decode_one, contents, chunksize=64) if pool else map(decode_one, contents)
                 for (split, row, source, key), pixels in zip(chunk, results):
                     if isinstance(pixels, str):
@@ -549,6 +555,8 @@ def build_cache(mode, size, splits, folder):
                 raise
     except OSError as error:
         fail(f"cannot write the cache {folder}: {error.strerror}: make room or choose another --cache-dir")
+    except KeyboardInterrupt:
+        fail(f"interrupted while building the cache {folder}: nothing is left of it; the same command begins again")
     finally:
         if pool:
             pool.terminate()
@@ -569,7 +577,8 @@ def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False):
     importer, paths = source
     folder = cache_dir / f"{mode}-{size}-{fingerprint(paths)}"
     if not (folder / "classes.json").exists():
-        build_cache(mode, size, importer(paths), folder)
+        # The lowest 20 pixels of each published Aircraft photograph are its copyright banner.
+        build_cache(mode, size, importer(paths), folder, banner=20 if importer is import_aircraft else 0)
     return folder
 
 

@@ -592,6 +592,12 @@ def test_import_aircraft(tmp_path):
     assert [len(classes[s]) for s in data.SPLITS] == [70, 15, 15]
     assert {n for s in data.SPLITS for _, n in classes[s]} == {2}
     assert all((pixels[s] == [0, 0, 255]).all() for s in data.SPLITS)
+    for split in data.SPLITS:               # class folders are taken as they are: somebody may have cut the banner already
+        path = tmp_path / "folders" / "aircraft" / split / "a" / "1.png"
+        path.parent.mkdir(parents=True)
+        photo.save(path)
+    folder = data.prepare("aircraft", 60, tmp_path / "folders", tmp_path / "cache")
+    assert np.load(folder / "train.npy")[0, -1, 0].tolist() == [255, 0, 0]
     if want:
         assert data.split_by_fraction(names) == want
         assert "F/A-18" in [name for name, _ in classes["test"]]
