@@ -240,7 +240,6 @@ def task_loss(params, task, args, evaluate=False):
     def support_loss(adapted):
         logits, _ = forward(fast | adapted, task.support_x)
         return F.cross_entropy(logits, task.support_y)
-
     # MAML's inner loop: a few gradient steps from theta^, on a copy that lives for this task only. Their
     # gradients stay in the graph: the outer gradient knows how steps depend on their start (second order).
     for _ in range(args.inner_steps):                                               # 8: adapt to S
@@ -405,8 +404,9 @@ def report(result, args):
 def main():
     args = get_args()
     out, stop, test = Path(args.out), [], Episodes.of(args, "test")
-    for file in (*out.glob("*.pt"), out / "log.jsonl", out / "result.json") if args.overwrite else ():
-        file.unlink(missing_ok=True)
+    for file in out.glob("*") if args.overwrite else ():
+        if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
+            file.unlink()
     checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
     if args.eval_only and not checkpoint:
         fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")

@@ -964,7 +964,10 @@ def test_growing_runs_identity_and_overwrite(tmp_path, cache, monkeypatch, capsy
     fails(capsys, lambda: call(kml, monkeypatch, *words, "--lr", 0.5), "has lr 0.001, not 0.5", "--out")
     fails(capsys, lambda: call(mmaml, monkeypatch, *words), "MMAML+KML, not MMAML")
     assert (tmp_path / "checkpoint.pt").exists()
+    for name in ("params-6.pt", "mine.pt"):
+        (tmp_path / name).write_bytes(b"")
     call(kml, monkeypatch, *words, "--lr", 0.5, "--iterations", 1, "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "mine.pt", "result.json"]
     assert json.loads((tmp_path / "result.json").read_text())["iterations"] == 1
     call(kml, monkeypatch, *words, "--lr", 0.5, "--iterations", 9, "--eval-only")
     assert json.loads((tmp_path / "result.json").read_text())["iterations"] == 1
