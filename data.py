@@ -12,9 +12,10 @@ drawn from; multimodal meta-learning draws every task from one of several modes,
     python data.py prepare omniglot miniimagenet         # find or download, check, decode once
     python data.py show miniimagenet                     # a picture of an episode
 
-A mode is looked for in this order: decoded cache; your class folders `<root>/<mode>/{train,val,test}/<class>/<image>` or
+A mode is looked for in this order: your class folders `<root>/<mode>/{train,val,test}/<class>/<image>` or
 `<root>/<mode>/{train,val,test}.zip`; the archives as their authors published them, in `<root>` or `<root>/<mode>`, packed or
-unpacked; the network. Images are decoded once, resized with LANCZOS, and memory-mapped as uint8.
+unpacked; an earlier cache; the network. Images are decoded once, resized with LANCZOS, and memory-mapped as uint8. A cache is
+named after what it was made from, so one that exists is opened at once and one of a changed source is never used.
 
 The sampler never holds random state: task j of a mode is a pure function of its arguments, through a counter-based
 generator. So every method sees the same test tasks, on every machine, and a resumed run sees the tasks it would have seen.

@@ -11,7 +11,7 @@ v what kind of task it is, and from v makes a change of theta: *each entry* of e
     W^ = W * (1 + M(v))        b^ = b + db(v)        M(v) = outer(g1(v), g2(v)), reshaped like W
 The 1 makes M a residual: W keeps what all modes share, M says how this task departs from it. (FiLM, in
 mmaml.py, has one factor per output channel: it turns a filter up or down; KML can make it another filter.)
-The product is an economy: 329,595 generator parameters, not the 50.1 million of one linear layer per kernel.
+M is of rank 1, which takes 329,595 generator parameters, not the 50.1 million of a linear layer per kernel.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -64,7 +64,7 @@ def get_args(argv=None):
     p.add_argument("--modulation", default=list(METHODS)[-1], choices=METHODS, help="none is plain MAML")
     p.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE",
                    help="omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root")
-    p.add_argument("--ways", type=int, default=5, help="N, classes in a task (P, C: 5)")
+    p.add_argument("--ways", type=int, default=5, help="N, classes in a task (C: 5)")
     p.add_argument("--shots", type=int, default=1, help="K, support images a class (P, C: 1 and 5)")
     p.add_argument("--queries", type=int, default=15, help="Q, query images a class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
@@ -130,7 +130,7 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, these are of the batch x itself, in training and testing: running averages would mix tasks.
-    Scale and shift stay outside the call, which torch 2.13 cannot differentiate twice under vmap with them.
+    Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets second derivatives wrong.
     """
     y = F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1)
     if moments is None:
@@ -171,7 +171,7 @@ def encode_task(params, support_x):
 
 
 def generator_sizes(l, c_in, c_out):
-    """Outputs of the linear layers that make omega for layer l: rows x cols = the entries of W; db."""
+    """Outputs of the linear layers that make omega for layer l: rows x cols = entries of W (near-square); db."""
     rows, cols = (c_out, 9 * c_in) if l == 1 else (3 * c_out, 3 * c_in)
     return {f"conv{l}.rows": rows, f"conv{l}.cols": cols, f"conv{l}.bias": c_out}
 
@@ -200,7 +200,7 @@ def modulate(theta, omega):
 def init_params(args):
     """All parameters, drawn from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the others; M starts near 0.006.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; |M| starts near 0.006.
     """
     rng, params = torch.Generator().manual_seed(args.seed), {}
     widths = [3] + [args.channels * 2 ** i for i in range(len(LAYERS))]
@@ -246,8 +246,8 @@ def task_loss(params, task, args, evaluate=False):
     def support_loss(adapted):
         logits, _ = forward(fast | adapted, task.support_x)
         return F.cross_entropy(logits, task.support_y)
-    # MAML's inner loop: a few gradient steps from theta^, on a copy that lives for this task only. Their
-    # gradients stay in the graph: the outer gradient knows how steps depend on their start (second order).
+    # MAML's inner loop: a few gradient steps on theta's keys, from theta^, for this task only; omega stays.
+    # The steps stay in the graph: the query loss is differentiated through them (that is second order).
     for _ in range(args.inner_steps):                                               # 8: adapt to S
         grads = torch.func.grad(support_loss)({k: fast[k] for k in theta})
         for k, g in grads.items():
@@ -268,7 +268,7 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate`, (T, 2): paper's, inductive.
 
-    In training it adds the gradient of the mean loss to .grad (Algorithm 2, lines 10-12). vmap fills a GPU;
+    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU;
     on a CPU a loop is faster, and backward after each task keeps memory from growing with T.
     """
     def one(task):
@@ -290,7 +290,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 def evaluate(params, episodes, count, args):
     """Accuracy in % of the first `count` tasks -> array (2, count): row 0 the paper's protocol, 1 inductive.
 
-    See PROTOCOLS: under the paper's a prediction knows the other queries. Same tasks, same adaptation.
+    See PROTOCOLS: under the paper's a prediction knows the other queries. (torch.func.grad ignores no_grad.)
     """
     rows = []
     with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} tasks", disable=None, leave=False) as bar:
@@ -401,7 +401,7 @@ def report(result, args):
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
-          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + "the paper's" * bool(paper))
+          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + "KML's Table 1" * bool(paper))
     for name, row in result["accuracy"].items():
         cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" for x in (row, result["accuracy_inductive"][name])]
         print(f"{name:16}{cells[0]:18}{cells[1]:18}{paper if name == 'overall' else ''}")
