@@ -171,7 +171,7 @@ def encode_task(params, support_x):
 
 
 def generator_sizes(l, c_in, c_out):
-    """Outputs of the linear layers that make omega for layer l: rows x cols = W's entries, near-square; db."""
+    """Outputs of the linear layers behind omega for layer l: rows x cols = W's entries (near-square), db."""
     rows, cols = (c_out, 9 * c_in) if l == 1 else (3 * c_out, 3 * c_in)
     return {f"conv{l}.rows": rows, f"conv{l}.cols": cols, f"conv{l}.bias": c_out}
 
