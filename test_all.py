@@ -1148,3 +1148,5 @@ def test_committed_results_are_whole():
             assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
         assert len(result["per_task"]) == result["test_tasks"]
         assert result["versions"]["commit"]
+        for row, name in ((result["accuracy"], "overall"), (result["accuracy_inductive"], "overall")):
+            assert f"{row[name]['mean']:.2f} ± {row[name]['ci95']:.2f}" in (HERE / "README.md").read_text()
