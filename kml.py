@@ -48,7 +48,7 @@ EMBEDDING = 128                                     # length of the task embeddi
 PARTS = ("base", "encoder", "generator")            # of the parameters
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
-QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 150, "test_tasks": 200}
+QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 PAPER = {   # KML paper, Table 1: overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
     "MAML": {"FM": (40.53, 54.11), "MO": (65.18, 74.18), "FMO": (54.40, 66.51), "ACFMO": (47.19, 58.13)},
     "MMAML": {"FM": (39.11, 52.02), "MO": (67.67, 73.52), "FMO": (57.35, 64.21), "ACFMO": (49.53, 58.89)},
