@@ -848,7 +848,7 @@ class Episodes:
                  root="data", cache_dir=".cache", synthetic=False):
         self.modes = [canonical_mode(mode, root) for mode in modes]
         self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
-        self.seed, self.size, self.device = seed, image_size, torch.device(device)
+        self.seed, self.size, self.device, self.synthetic = seed, image_size, torch.device(device), synthetic
         self.images, self.counts, self.offsets, self.class_names, self.folders, self.drawn = [], [], [], [], [], {}
         if len(set(self.modes)) < len(self.modes):
             fail(f"--modes names a data set twice: {' '.join(self.modes)}")
@@ -956,8 +956,8 @@ def show(episodes, number, path, cell=84):
     N, K, Q, gap = episodes.ways, episodes.shots, episodes.queries, 12
     picture = Image.new("RGB", ((K + Q) * (cell + 2) + gap, N * (cell + 2) + 16), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((2, 2), f"{episodes.modes[number % len(episodes.modes)]} {episodes.split} task {number}: support", "black")
-    pen.text((K * (cell + 2) + gap, 2), "query", "black")
+    mode = "SYNTHETIC " * episodes.synthetic + episodes.modes[number % len(episodes.modes)]
+    pen.text((2, 2), f"{mode} {episodes.split} task {number}: support left of the gap, query right", "black")
     for n in range(N):
         for x, first, total, left in ((task.support_x[0], n * K, K, 0), (task.query_x[0], n * Q, Q, K)):
             for i in range(total):
