@@ -650,9 +650,7 @@ def test_real_images(mode, classes, images, tmp_path):
     if mode == "miniimagenet":
         assert {s: sorted(name for name, _ in found[s]) for s in data.SPLITS} == {
             s: sorted(names) for s, names in data.MINIIMAGENET.items()}
-    start = time.perf_counter()
     pixels = Episodes([mode], "test", 5, 5, 15, 28, root=ROOT, cache_dir=HERE / ".cache").tasks(0, 8).query_x
-    assert time.perf_counter() - start < 60, "a cache that exists is opened, not built"
     low, high = (0.02, 0.2) if mode == "omniglot" else (0.3, 0.7)
     assert low < pixels.mean() < high
     assert pixels.std() > 0.15
@@ -1141,7 +1139,10 @@ def test_no_absolute_paths():
 
 def test_committed_results_are_whole():
     """Each result file names its protocol, its tasks and its commit, and its means follow from its tasks."""
-    for path in (HERE / "results").glob("**/result.json"):
+    paths = list((HERE / "results").glob("**/result.json"))
+    assert len(paths) >= 3
+    assert len({json.loads(path.read_text())["tasks_sha256"] for path in paths if "2mode/5shot" in str(path)}) == 1
+    for path in paths:
         result = json.loads(path.read_text())
         assert result["synthetic"] is False
         for key, tasks in (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive")):
