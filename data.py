@@ -474,6 +474,8 @@ def decode(content, size, mode, banner=0):
     """
     try:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
+        if image.mode.startswith("I"):              # 16 bits: Pillow's own conversion would clip them, not scale them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if mode == "omniglot" else "RGB")
     except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
         return str(error) or type(error).__name__

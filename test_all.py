@@ -620,6 +620,14 @@ def test_class_folders_of_your_own(tmp_path, form):
     assert pixels["val"][0, 0, 0].tolist() == [0, 9, 0]
 
 
+def test_decode_takes_any_depth():
+    for mode, value, want in (("1", 1, 255), ("L", 200, 200), ("I;16", 200 * 256 + 7, 200), ("P", 0, 0), ("RGBA", (9, 9, 9, 255), 9)):
+        file = io.BytesIO()
+        Image.new(mode, (4, 4), value).save(file, "PNG")
+        assert data.decode(file.getvalue(), 4, "mine")[0, 0].tolist() == [want] * 3, mode
+        assert data.decode(file.getvalue(), 4, "omniglot")[0, 0].tolist() == [255 - want], mode
+
+
 def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch):
     root, cache = tmp_path / "root", tmp_path / "cache"
     for split in data.SPLITS:
