@@ -905,7 +905,9 @@ class Episodes:
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1 over all modes, on the device -> Task with a leading dimension `count`."""
         N, K, Q, S, M = self.ways, self.shots, self.queries, self.size, len(self.modes)
-        support, query = (torch.empty(count, N, k, 3, S, S, device=self.device) for k in (K, Q))
+        # On the CPU the first touch of fresh memory costs more than all else here; numpy asks for huge pages, torch not.
+        support, query = (torch.empty(count, N, k, 3, S, S, device=self.device) if self.device.type != "cpu" else
+                          torch.from_numpy(np.empty((count, N, k, 3, S, S), np.float32)) for k in (K, Q))
         for m in range(M):
             turn = (m - first) % M                          # this mode's first place in the batch
             if turn >= count:
