@@ -575,6 +575,7 @@ def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False):
     if source is None:
         ready = sorted(cache_dir.glob(f"{mode}-{size}-*/classes.json"), key=lambda path: path.stat().st_mtime)
         if ready:
+            print(f"{mode}: nothing under {root}, taken from the cache {ready[-1].parent}", file=sys.stderr)
             return ready[-1].parent
         source = fetch(mode, root)
     importer, paths = source

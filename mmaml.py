@@ -194,7 +194,7 @@ def modulate(theta, omega):
 def init_params(args):
     """All parameters, drawn from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the others; scales start at 0.09.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; scales start near 0.09.
     """
     rng, params = torch.Generator().manual_seed(args.seed), {}
     widths = [3] + [args.channels * 2 ** i for i in range(len(LAYERS))]

@@ -160,7 +160,7 @@ def test_parameter_counts():
     params = kml.init_params(get_args(kml))
     count = lambda parts: sum(w.numel() for w in parts.values())
     kernels = {k: w for k, w in params.items() if re.fullmatch(r"conv\d\.weight", k)}
-    assert count(kernels) + sum(len(w) for w in kernels.values()) == 388416 + 0
+    assert count(kernels) + sum(len(w) for w in kernels.values()) == 388416
     assert count(kml.group(params, "generator")) == 329595
     assert count(mmaml.group(mmaml.init_params(get_args(mmaml)), "generator")) == 123840
     full = sum((128 + 1) * (w.numel() + len(w)) for w in kernels.values())
@@ -628,7 +628,7 @@ def test_decode_takes_any_depth():
         assert data.decode(file.getvalue(), 4, "omniglot")[0, 0].tolist() == [255 - want], mode
 
 
-def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch):
+def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch, capsys):
     root, cache = tmp_path / "root", tmp_path / "cache"
     for split in data.SPLITS:
         picture(root / "mine" / split / "a" / "1.png", colour=(1, 1, 1))
@@ -644,6 +644,7 @@ def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch):
     (root / "mine").rename(tmp_path / "away")               # without the source, the newest cache serves
     os.utime(second / "classes.json")
     assert data.prepare("mine", 8, root, cache) == second
+    assert f"taken from the cache {second}" in capsys.readouterr().err
 
 
 @real("omniglot", "miniimagenet", "fc100")
@@ -1150,6 +1151,7 @@ def test_committed_results_are_whole():
     paths = list((HERE / "results").glob("**/result.json"))
     assert len(paths) >= 3
     assert len({json.loads(path.read_text())["tasks_sha256"] for path in paths if "2mode/5shot" in str(path)}) == 1
+    readme, by_method = (HERE / "README.md").read_text(), {}
     for path in paths:
         result = json.loads(path.read_text())
         assert result["synthetic"] is False
@@ -1157,5 +1159,10 @@ def test_committed_results_are_whole():
             assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
         assert len(result["per_task"]) == result["test_tasks"]
         assert result["versions"]["commit"]
-        for row, name in ((result["accuracy"], "overall"), (result["accuracy_inductive"], "overall")):
-            assert f"{row[name]['mean']:.2f} ± {row[name]['ci95']:.2f}" in (HERE / "README.md").read_text()
+        rows = [row for key in ("accuracy", "accuracy_inductive") for row in result[key].values()]
+        shown = re.search(rf"^\| {re.escape(result['method'])} \| \d.*$", readme, re.MULTILINE).group()
+        assert all(f"{row['mean']:.2f} ± {row['ci95']:.2f}" in shown for row in rows), result["method"]
+        by_method[result["method"]] = np.array(result["per_task"]), result["modes"]
+    for one, two in (("MMAML+KML", "MMAML"), ("MMAML+KML", "MAML"), ("MMAML", "MAML")):       # the same tasks: paired
+        row = kml.summary(by_method[one][0] - by_method[two][0], by_method[one][1])["overall"]
+        assert f"{one.removeprefix('MMAML+')} - {two} {row['mean']:+.2f} ± {row['ci95']:.2f}" in readme
