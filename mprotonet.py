@@ -2,32 +2,31 @@
 
 Papers: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, NeurIPS 2017. Abdollahzadeh,
 Malekzadeh, Cheung: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning (KML), NeurIPS
-2021, Section 5, Algorithm 2 and Table 1.
+2021, Sections 5 and 6.
 
-The idea. A network f maps images to features; a class is the mean of its support images' features, its
-*prototype*; a query image belongs to the class whose prototype is nearest. Nothing is adapted by gradient
-steps: what MAML's inner loop does in kml.py, an average does here. That a task is of another kind (*mode*) than
-the last one, f can only learn from a modulation: a second network looks at the support images, says in 128
-numbers v what kind of task it is, and from v changes f, either each channel's activations (FiLM, mmaml.py) or
-each entry of each kernel (KML, kml.py):
-    film   Y^ = (1 + scale(v)) * Y + shift(v)             after BatchNorm: MProtoNet
-    kml    W^ = W * (1 + M(v)),  b^ = b + db(v)           M(v) = outer(g1(v), g2(v)): MProtoNet+KML
+The idea. A network f maps images to features. A class is the mean of its support images' features, its
+*prototype*, and a query image belongs to the class whose prototype is nearest. What gradient steps do in
+kml.py, an average does here. But f is now the same for every task, of whatever *mode* (characters, birds,
+photographs), unless a second network looks at the support images, says in 128 numbers v what kind of task it
+is, and changes f: each channel's activations (film, as in mmaml.py) or each kernel entry (kml, as in kml.py):
+    film   Y^ = (1 + scale(v)) * Y + shift(v)        after BatchNorm; this is MProtoNet
+    kml    W^ = W * (1 + M(v)),  b^ = b + db(v)      M(v) = outer(g1(v), g2(v)); this is MProtoNet+KML
 
     paper        here                        shape or keys           where
-    theta        group(params, "base")       conv{l} norm{l}         the network f; it has no head
+    theta        group(params, "base")       conv{l} norm{l}         the network f; no head
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
-    h, v_T       encode_task, v              (128,)                  Section 5.1
-    g            modulation                  generator.*             Eq. 3; Eq. 8, 9
-    M^l, db^l    omega["conv{l}.weight"]...  like W^l, like b^l      Eq. 8, 9
-    theta^       modulate                    like theta              Eq. 6, 7
+    h, v_T       encode_task, v              (128,)                  KML Section 5.1
+    g            modulation                  generator.*             KML Section 5.1; Eq. 8, 9, Figure 4
+    M^l, db^l    omega["conv{l}.weight"]...  like W^l, like b^l      KML Eq. 8, 9
+    theta^       modulate                    like theta              KML Eq. 6, 7
     c_k          prototypes                  (N, D)                  Snell Eq. 1; D = 9,216 at 84 pixels
     d            squared_distances           (N*Q, N)                Snell Eq. 2
 
-Read it beside kml.py (`diff kml.py mprotonet.py`): prototypes in place of head and inner loop.
-Run:  python mprotonet.py --synthetic --quick     two minutes on two CPU cores, no download; prints accuracies
-      python mprotonet.py --modes omniglot miniimagenet --shots 5    KML; --modulation film MProtoNet, none ProtoNet
-The released KML code departs from its paper in three ways, which are flags here and off: --no-residual, --embed
-query, --transductive (--official is all three). Its bugs are left out: README lists them.
+Read it beside kml.py (`diff kml.py mprotonet.py`): prototypes in place of the head and the inner loop.
+Run:  python mprotonet.py --synthetic --quick     a minute on two CPU cores, no download; prints accuracies
+      python mprotonet.py --modes omniglot miniimagenet --shots 5 --modulation film
+The released KML code does three things that its paper does not say. Here they are flags, and off:
+--no-residual, --embed query, --transductive; --official is all three. (Their bugs are left out: README.)
 """
 import argparse
 import json
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, fail
 
-METHODS = {"none": "ProtoNet", "film": "MProtoNet", "kml": "MProtoNet+KML"}     # --modulation: name in the tables
+METHODS = {"none": "ProtoNet", "film": "MProtoNet", "kml": "MProtoNet+KML"}     # --modulation: name in tables
 LAYERS = (1, 2, 3, 4)
 EMBEDDING = 128                                     # length of the task embedding v
 PARTS = ("base", "encoder", "generator")            # of the parameters
@@ -76,11 +75,11 @@ def get_args(argv=None):
     p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next (C: 32)")
     p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: so)")
     p.add_argument("--generator", default="outer", choices=("outer", "full"),
-                   help="kml's M: an outer product (P, C), or one linear layer for the whole of each kernel")
+                   help="kml's M: an outer product (P, C), or a linear layer for all of each kernel's M")
     p.add_argument("--no-residual", action="store_true", help="kml: W * M, not W * (1 + M) (P: no, C: yes)")
     p.add_argument("--embed", default="support", choices=("support", "query", "constant"),
-                   help="v of the query pass is of the support images (P), of the query images (C), or, in both "
-                        "passes, one learned vector, blind to the task: the control that neither has")
+                   help="v of the query pass is of the support images (P), of the query images (C), or, in "
+                        "both passes, one learned vector, blind to the task: the control neither has")
     p.add_argument("--transductive", action="store_true",
                    help="move the prototypes by the queries' soft labels (P: no, C: yes)")
     p.add_argument("--official", action="store_true", help="as C: --no-residual --embed query --transductive")
@@ -113,9 +112,10 @@ def get_args(argv=None):
     if p.parse_known_args(argv)[0].official:
         p.set_defaults(no_residual=True, embed="query", transductive=True)
     args = p.parse_args(argv)
-    for flag in ("generator", "no_residual", "embed") if args.modulation != "kml" else ():
-        if getattr(args, flag) != defaults[flag] and (flag, args.modulation) != ("embed", "film"):
-            fail(f"--{flag.replace('_', '-')} is of a modulation that --modulation {args.modulation} does not do")
+    for flag, of in {"generator": ("kml",), "no_residual": ("kml",), "embed": ("kml", "film")}.items():
+        if getattr(args, flag) != defaults[flag] and args.modulation not in of:
+            fail(f"--{flag.replace('_', '-')} (also set by --official) means nothing with --modulation "
+                 f"{args.modulation}: give --modulation {' or '.join(of)}")
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.title = f"{METHODS[args.modulation]} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default
@@ -166,8 +166,8 @@ def linear(params, name, x):
 
 
 def forward(params, x, stats=None):
-    """The base network f: images x (n, 3, S, S) -> features (n, D), and the moments each BatchNorm used, which
-    another call takes as `stats` to normalise by them instead of its own batch's."""
+    """The base network f: images x (n, 3, S, S) -> features (n, D), and the moments each BatchNorm used,
+    which another call takes as `stats` to normalise by them instead of its own batch's."""
     used = []
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
@@ -175,27 +175,29 @@ def forward(params, x, stats=None):
         if f"film{l}.scale" in params:                                  # Eq. 3: after BatchNorm, before ReLU
             x = x * (1 + params[f"film{l}.scale"][:, None, None]) + params[f"film{l}.shift"][:, None, None]
         x = F.relu(x)
-    return x.flatten(1).float(), used
+    return x.flatten(1).to(params["conv1.weight"].dtype), used
+
+
+def class_means(features, members):
+    """Prototypes (Snell, Eq. 1): features (n, D), the share of each in each class (n, N) -> means (N, D)."""
+    with torch.autocast(features.device.type, enabled=False):
+        return members.T @ features / members.sum(0)[:, None]
 
 
 def squared_distances(x, y):
-    """Rows x (n, D) and y (N, D) -> squared Euclidean distances (n, N), in float32 or better."""
+    """Of rows x (n, D) from rows y (N, D), Euclidean -> (n, N)."""
     return (x[:, None] - y).square().sum(-1)
-
-
-def class_means(features, weights, total=0, count=0):
-    """Prototypes (Snell, Eq. 1): features (n, D), each's share in each class (n, N) -> means (N, D).
-
-    With the sums `total` (N, D) and the numbers `count` (N,) of earlier members, the mean over all.
-    """
-    return (total + weights.T @ features) / (count + weights.sum(0))[:, None]
 
 
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
 
     A mean over images has no order, but sums in floating point have one: so the images are sorted first.
+    With --embed constant v is a parameter, the same for all tasks: what modulation gains then is not
+    knowledge of the task, but another parametrisation of the same weights.
     """
+    if "encoder.constant" in params:
+        return params["encoder.constant"]
     x, encoder = support_x[support_x.sum((1, 2, 3)).argsort()], group(params, "encoder")
     for l in LAYERS:
         x = F.relu(conv_norm(encoder, l, x)[0])
@@ -203,38 +205,37 @@ def encode_task(params, support_x):
 
 
 def generator_sizes(args, l, c_in, c_out):
-    """Outputs of the linear layers behind omega for layer l: for FiLM a scale and a shift for each channel, for
-    KML rows x cols = W's entries (near-square), or W's entries outright (152 times the parameters), and db."""
+    """Outputs of the linear layers behind omega for layer l. FiLM: a scale and a shift for each channel. KML:
+    rows x cols = W's entries (near-square), or these at once (152 times as many parameters), and db."""
     rows, cols = (c_out, 9 * c_in) if l == 1 else (3 * c_out, 3 * c_in)
-    if args.modulation == "film":
-        return {f"film{l}": 2 * c_out}
-    factors = {"rows": rows, "cols": cols} if args.generator == "outer" else {"full": rows * cols}
-    return {f"conv{l}.{factor}": n for factor, n in factors.items()} | {f"conv{l}.bias": c_out}
+    sizes = {"film": {f"film{l}": 2 * c_out}, "full": {f"conv{l}.full": rows * cols, f"conv{l}.bias": c_out},
+             "outer": {f"conv{l}.rows": rows, f"conv{l}.cols": cols, f"conv{l}.bias": c_out}}
+    return sizes[args.generator if args.modulation == "kml" else "film"]
 
 
 def modulation(params, v):
-    """The generator g: task embedding v (128,) -> omega. FiLM: a scale and a shift (C_out,) for each layer.
-    KML: an M for each kernel, a db for each bias (Eq. 8, 9)."""
+    """The generator g: task embedding v (128,) -> omega: for FiLM a scale and a shift (C_out,) a layer,
+    for KML an M for each kernel (Eq. 8) and a db for each bias (Eq. 9)."""
+    made = {k.removesuffix(".weight"): linear(params, f"generator.{k.removesuffix('.weight')}", v)
+            for k in group(params, "generator") if k.endswith(".weight")}
     omega = {}
     for l in LAYERS:
-        def g(name, l=l):
-            return linear(params, f"generator.{name}", v)
-        if f"generator.film{l}.weight" in params:
-            omega[f"film{l}.scale"], omega[f"film{l}.shift"] = g(f"film{l}").chunk(2)
+        if f"film{l}" in made:
+            omega[f"film{l}.scale"], omega[f"film{l}.shift"] = made[f"film{l}"].chunk(2)
             continue
-        outer = f"generator.conv{l}.rows.weight" in params
-        omega[f"conv{l}.weight"] = torch.outer(g(f"conv{l}.rows"), g(f"conv{l}.cols")) if outer else g(f"conv{l}.full")
-        omega[f"conv{l}.bias"] = g(f"conv{l}.bias")
+        outer = f"conv{l}.rows" in made
+        M = torch.outer(made[f"conv{l}.rows"], made[f"conv{l}.cols"]) if outer else made[f"conv{l}.full"]
+        omega |= {f"conv{l}.weight": M, f"conv{l}.bias": made[f"conv{l}.bias"]}
     return omega
 
 
 def modulate(theta, omega, one=1):
-    """theta^: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7). FiLM leaves theta
-    alone: its omega goes along, for `forward` to apply to the activations.
+    """KML's theta^: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7). FiLM
+    leaves theta alone: its omega goes along, for `forward` to apply to the activations of each layer.
 
-    `one` = 0 is --no-residual, W * M as released: nothing is shared but through M, and the kernels start a hundred
-    times smaller, which BatchNorm hides from the activations but not from Adam's steps. db enters a BatchNorm,
-    which subtracts it again with the batch's mean: it does nothing and learns nothing.
+    one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 150 times smaller.
+    BatchNorm hides that from the activations, but not from Adam, whose steps keep their size: they are
+    as much larger, relative to the kernel. The bias offset db does nothing: BatchNorm subtracts it (kml.py).
     """
     kernels = {k: theta[k] * (one + M.reshape(theta[k].shape)) for k, M in omega.items() if "weight" in k}
     biases = {k: theta[k] + db for k, db in omega.items() if "bias" in k}
@@ -259,18 +260,20 @@ def init_params(args):
         params[f"{name}.bias"] = (2 * torch.rand(shape[0], generator=rng) - 1) / root
 
     for l, c_in, c_out in layers:
-        params |= {f"conv{l}.weight": args.init_scale * xavier(c_out, c_in, 3, 3), f"conv{l}.bias": torch.zeros(c_out)}
+        params |= {f"conv{l}.weight": xavier(c_out, c_in, 3, 3) * args.init_scale,
+                   f"conv{l}.bias": torch.zeros(c_out)}
         if not args.no_norm_affine:
             params |= {f"norm{l}.scale": torch.ones(c_out), f"norm{l}.shift": torch.zeros(c_out)}
     for l, c_in, c_out in layers if args.modulation != "none" else ():
         for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     if args.embed == "constant":
-        params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 2     # as long as h's v
+        params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 4   # as long as h's v is at first
     elif args.modulation != "none":
         for l, c_in, c_out in layers:
             default(f"encoder.conv{l}", c_out, c_in, 3, 3)
-            params |= {f"encoder.norm{l}.scale": torch.ones(c_out), f"encoder.norm{l}.shift": torch.zeros(c_out)}
+            params |= {f"encoder.norm{l}.scale": torch.ones(c_out),
+                       f"encoder.norm{l}.shift": torch.zeros(c_out)}
         default("encoder.linear", EMBEDDING, widths[-1])
     return params
 
@@ -278,36 +281,35 @@ def init_params(args):
 # ------------------------------------------------------------------------------------------------- algorithm
 
 def task_loss(params, task, args, evaluate=False):
-    """ONE task: infer what kind it is, modulate, average the support set by class, be judged on the query set.
+    """ONE task: infer what kind it is, modulate, average the support set by class, be judged on the query.
 
     Returns the query loss, whose gradient trains everything (encoder and generator have no other teacher),
     the query logits (N*Q, N) and, if `evaluate`, the inductive ones. Numbers: lines of KML's Algorithm 2.
     """
-    theta = group(params, "base")
+    theta, omega, one = group(params, "base"), {}, 0 if args.no_residual else 1
+    if args.modulation != "none":
+        v = encode_task(params, task.support_x)                                     # 5: v = h(S)
+        omega = modulation(params, v)                                               # 6: omega = g(v)
+    fast = modulate(theta, omega, one)                                              # 7: theta^
 
-    def modulated_for(images):
-        if args.modulation == "none":
-            return theta
-        v = params["encoder.constant"] if args.embed == "constant" else encode_task(params, images)   # 5
-        return modulate(theta, modulation(params, v), one=not args.no_residual)                       # 6, 7
-    fast = modulated_for(task.support_x)
-    support, stats = forward(fast, task.support_x)
-    members = (task.support_y[:, None] == torch.arange(args.ways, device=support.device)).float()   # (N*K, N)
-    prototypes = class_means(support, members)                                      # in place of an inner loop
-    if args.embed == "query":       # C: the queries are not only classified, they also say what the task is
-        fast = modulated_for(task.query_x)
+    # In place of MAML's inner loop: a prototype for each class, the mean of its support images' features.
+    support, stats = forward(fast, task.support_x)                                  # 8: adapt to S
+    members = (task.support_y[:, None] == torch.arange(args.ways, device=support.device)).to(support.dtype)
+    prototypes = class_means(support, members)
+    if args.embed == "query":       # C: for the query pass the query images themselves say what the task is
+        fast = modulate(theta, modulation(params, encode_task(params, task.query_x)), one)
 
     def classify(stats=None):
         query, _ = forward(fast, task.query_x, stats)
-        centres = prototypes
-        if args.transductive:       # C, mended: one step of soft k-means (Ren et al. 2018, Eq. 5, 6)
-            soft = (-squared_distances(query, centres)).softmax(1)
-            centres = class_means(query, soft, members.T @ support, members.sum(0))
-        return -squared_distances(query, centres)
+        logits = -squared_distances(query, prototypes)
+        if args.transductive:       # C, done right: one step of soft k-means (Ren et al., ICLR 2018, Eq. 3)
+            both = torch.cat([support, query]), torch.cat([members, logits.softmax(1)])
+            logits = -squared_distances(query, class_means(*both))
+        return logits
     logits = classify()
     loss = F.cross_entropy(logits, task.query_y)                                    # 8: loss on Q
-    if not evaluate or args.transductive or args.embed == "query":
-        return loss, logits         # where queries see each other by design, there is nothing inductive to show
+    if not evaluate or args.transductive or args.embed == "query":      # with these, queries see each other
+        return loss, logits
     return loss, logits, classify(stats)
 
 
@@ -365,8 +367,8 @@ def summary(per_task, modes):
 def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
-             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick", "title",
-             "official")
+             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
+             "official", "title")
     return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
 
 
