@@ -77,7 +77,8 @@ def get_args(argv=None):
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (C: no)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
     p.add_argument("--iterations", type=int, default=60000, help="updates of all parameters (C: 60000)")
-    p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, constant (C: 1e-3)")
+    p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
+    p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never (C: never)")
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never (C: never)")
@@ -282,10 +283,8 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 
 
 def evaluate(params, episodes, count, args):
-    """Accuracy in % of the first `count` tasks -> array (2, count): row 0 the paper's protocol, 1 inductive.
-
-    See PROTOCOLS: under the paper's a prediction knows the other queries. (torch.func.grad ignores no_grad.)
-    """
+    """Accuracy in % of the first `count` tasks -> array (2, count): row 0 by the paper's protocol, where a
+    prediction knows the other queries; row 1 inductive, unless task_loss has none. See PROTOCOLS."""
     rows = []
     with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} tasks", disable=None, leave=False) as bar:
         for first in range(0, count, 20):
@@ -296,10 +295,8 @@ def evaluate(params, episodes, count, args):
 
 
 def summary(per_task, modes):
-    """Accuracies of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
-
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
-    """
+    """Accuracies of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}, in %. Modes are
+    strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M."""
     strata = [per_task[m::len(modes)] for m in range(len(modes))]
     means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
     rows = [("overall", np.mean(means), sum(variances) / len(modes) ** 2), *zip(modes, means, variances)]
@@ -310,7 +307,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "title")
+             "official", "title")
     return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -346,6 +343,7 @@ def train(params, args, checkpoint, stop):
     with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
         while not ending:
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
             losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
@@ -362,10 +360,9 @@ def train(params, args, checkpoint, stop):
                 losses, accuracies = torch.stack([x.cpu() for x in window]).unbind(1)     # (iterations, T)
                 mode = torch.arange((done - len(window)) * T, done * T).view(losses.shape) % M
                 shown = {args.modes[m]: accuracies[mode == m].mean().item() for m in mode.unique()}
-                norms = {part: math.hypot(*(w.grad.norm().item() for w in group(params, part).values()))
-                         for part in PARTS}
+                norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
                 if not math.isfinite(losses.sum() + sum(norms.values())):
-                    fail(f"not finite near iteration {done}: lower --lr or --inner-lr, in another --out")
+                    fail(f"not finite near iteration {done}: lower --lr, in another --out")
                 line = {"iteration": done, "loss": losses.mean().item(), "accuracy": shown,
                         "gradient_norm": norms, "seconds": before + seconds, "synthetic": args.synthetic}
                 if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
@@ -397,7 +394,8 @@ def report(result, args):
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
           f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + "KML's Table 1" * bool(paper))
     for name, row in result["accuracy"].items():
-        cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" for x in (row, result["accuracy_inductive"][name])]
+        both = row, (result["accuracy_inductive"] or {}).get(name)
+        cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" if x else "-" for x in both]
         print(f"{name:16}{cells[0]:18}{cells[1]:18}{paper if name == 'overall' else ''}")
 
 
@@ -421,20 +419,20 @@ def main():
     file, tasks = out / "result.json", test.sha256(args.test_tasks)
     result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
     if [result.get(k) for k in ("iterations", "tasks_sha256", "data")] != [done, tasks, test.folders]:
-        rows = evaluate(params, test, args.test_tasks, args)
+        rows = list(evaluate(params, test, args.test_tasks, args))
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
         result = {
             "method": METHODS[args.modulation], "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
             "tasks_sha256": tasks, "data": test.folders, "accuracy": summary(rows[0], args.modes),
-            "accuracy_inductive": summary(rows[1], args.modes), "iterations": done,
+            "accuracy_inductive": summary(rows[1], args.modes) if rows[1:] else None, "iterations": done,
             "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
             "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
             "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
                          "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
-            "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist(),
+            "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist() if rows[1:] else None,
             "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)]}
         atomic_write(file, json.dumps(result))
     report(result, args)

@@ -275,7 +275,8 @@ def init_params(args):
             params |= {f"encoder.norm{l}.scale": torch.ones(c_out),
                        f"encoder.norm{l}.shift": torch.zeros(c_out)}
         default("encoder.linear", EMBEDDING, widths[-1])
-    return params
+    # Channels last is how convolutions like their kernels best, where there is no second derivative.
+    return {k: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for k, w in params.items()}
 
 
 # ------------------------------------------------------------------------------------------------- algorithm
@@ -339,11 +340,8 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 
 
 def evaluate(params, episodes, count, args):
-    """Accuracy in % of the first `count` tasks -> array (2, count): row 0 the paper's protocol, 1 inductive
-    (that row is missing where task_loss returns no inductive logits).
-
-    See PROTOCOLS: under the paper's a prediction knows the other queries. (torch.func.grad ignores no_grad.)
-    """
+    """Accuracy in % of the first `count` tasks -> array (2, count): row 0 by the paper's protocol, where a
+    prediction knows the other queries; row 1 inductive, unless task_loss has none. See PROTOCOLS."""
     rows = []
     with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} tasks", disable=None, leave=False) as bar:
         for first in range(0, count, 20):
@@ -354,10 +352,8 @@ def evaluate(params, episodes, count, args):
 
 
 def summary(per_task, modes):
-    """Accuracies of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
-
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
-    """
+    """Accuracies of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}, in %. Modes are
+    strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M."""
     strata = [per_task[m::len(modes)] for m in range(len(modes))]
     means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
     rows = [("overall", np.mean(means), sum(variances) / len(modes) ** 2), *zip(modes, means, variances)]
@@ -421,8 +417,7 @@ def train(params, args, checkpoint, stop):
                 losses, accuracies = torch.stack([x.cpu() for x in window]).unbind(1)     # (iterations, T)
                 mode = torch.arange((done - len(window)) * T, done * T).view(losses.shape) % M
                 shown = {args.modes[m]: accuracies[mode == m].mean().item() for m in mode.unique()}
-                norms = {part: math.hypot(*(w.grad.norm().item() for w in group(params, part).values()))
-                         for part in PARTS}
+                norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
                 if not math.isfinite(losses.sum() + sum(norms.values())):
                     fail(f"not finite near iteration {done}: lower --lr, in another --out")
                 line = {"iteration": done, "loss": losses.mean().item(), "accuracy": shown,
@@ -471,9 +466,7 @@ def main():
     if args.eval_only and not checkpoint:
         fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
     params = checkpoint["params"] if checkpoint else init_params(args)
-    layout = {4: torch.channels_last}                   # of the kernels: convolutions like it, on CPU and GPU
-    params = {k: w.to(args.device, memory_format=layout.get(w.dim(), torch.preserve_format)).requires_grad_()
-              for k, w in params.items()}
+    params = {k: w.to(args.device).requires_grad_() for k, w in params.items()}
     done, seconds = train(params, args, checkpoint, stop)
     if stop and done < args.iterations:
         print(f"stopped by {stop[0]} at iteration {done} of {args.iterations}; the same command continues")
@@ -484,14 +477,13 @@ def main():
     result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
     if [result.get(k) for k in ("iterations", "tasks_sha256", "data")] != [done, tasks, test.folders]:
         rows = list(evaluate(params, test, args.test_tasks, args))
-        scores = [summary(row, args.modes) for row in rows] + [None]
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
         result = {
             "method": METHODS[args.modulation], "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "data": test.folders, "accuracy": scores[0],
-            "accuracy_inductive": scores[1], "iterations": done,
+            "tasks_sha256": tasks, "data": test.folders, "accuracy": summary(rows[0], args.modes),
+            "accuracy_inductive": summary(rows[1], args.modes) if rows[1:] else None, "iterations": done,
             "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
             "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
             "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},

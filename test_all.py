@@ -37,13 +37,16 @@ from PIL import Image
 import data
 import kml
 import mmaml
+import mprotonet
+import tables
 from data import Episodes, Task
 
 HERE = Path(__file__).parent
 ROOT = Path(os.environ.get("FEWSHOT_DATA", HERE / "data")).resolve()
 FACTS = ROOT.parent / "facts"                   # the reference split lists, where they lie beside the images
-CASES = [(kml, "none"), (kml, "kml"), (mmaml, "none"), (mmaml, "film")]
-MODULATED = [(kml, "kml"), (mmaml, "film")]
+MODULATED_MAML = [(kml, "kml"), (mmaml, "film")]
+MODULATED = [*MODULATED_MAML, (mprotonet, "kml"), (mprotonet, "film")]
+CASES = [(kml, "none"), (mmaml, "none"), (mprotonet, "none"), *MODULATED]
 
 
 def real(*modes):
@@ -69,8 +72,8 @@ def make_task(seed=0, ways=3, shots=2, queries=3, size=16, tasks=None, dtype=tor
 
 
 def make_params(module, modulation, *words, seed=0, dtype=torch.float64):
-    args = get_args(module, "--modulation", modulation, "--channels", 4, "--ways", 3, "--inner-steps", 2,
-                    "--seed", seed, *words)
+    inner = [] if module is mprotonet else ["--inner-steps", 2]
+    args = get_args(module, "--modulation", modulation, "--channels", 4, "--ways", 3, "--seed", seed, *inner, *words)
     return args, {k: w.to(dtype).requires_grad_() for k, w in module.init_params(args).items()}
 
 
@@ -82,8 +85,7 @@ def test_zero_modulation_is_the_plain_network(module, modulation):
     for k, w in params.items():
         if k.startswith("generator."):
             w.data.zero_()
-    plain = get_args(module, "--modulation", "none", "--channels", 4, "--ways", 3, "--inner-steps", 2)
-    task = make_task()
+    (plain, _), task = make_params(module, "none"), make_task()
     omega = module.modulation(params, module.encode_task(params, task.support_x))
     assert omega
     assert all((w == 0).all() for w in omega.values())
@@ -100,9 +102,13 @@ def test_maml_is_the_same_in_both_scripts():
 
 def test_modulations_share_the_base_initialisation():
     base = kml.init_params(get_args(kml, "--modulation", "none"))
-    for module, modulation in MODULATED:
+    for module, modulation in CASES:
         params = module.init_params(get_args(module, "--modulation", modulation))
         assert all(torch.equal(w, base[k]) for k, w in module.group(params, "base").items())
+    for words in ([], ["--no-residual"], ["--embed", "constant"]):      # nor does the control draw another generator
+        other = mprotonet.init_params(get_args(mprotonet, *words))
+        params = mprotonet.init_params(get_args(mprotonet))
+        assert all(torch.equal(w, other[k]) for k, w in params.items() if not k.startswith("encoder."))
 
 
 def test_film_on_a_convolution_is_a_scaled_kernel():
@@ -226,7 +232,7 @@ def test_first_order_holds_the_inner_gradients_constant():
     assert not torch.allclose(again["conv4.weight"].grad, params["conv4.weight"].grad, rtol=1e-2)
 
 
-@pytest.mark.parametrize("module, modulation", MODULATED)
+@pytest.mark.parametrize("module, modulation", MODULATED_MAML)
 def test_inner_loop_adapts_the_base_network_and_holds_omega(module, modulation):
     """The whole of task_loss, written again with torch.autograd.grad; and the clamp of the inner gradients."""
     for clip in (20, 1e-3):
@@ -253,7 +259,7 @@ def test_omega_depends_on_the_support_images_alone(module, modulation):
                  task._replace(support_x=task.support_x[order], support_y=task.support_y[order])):
         assert all(torch.equal(w, here[k]) for k, w in omega(same).items())         # bit by bit
     assert not any(torch.equal(w, here[k]) for k, w in omega(other).items())
-    args = get_args(module, "--modulation", modulation, "--channels", 4, "--ways", 3, "--inner-steps", 1)
+    args, _ = make_params(module, modulation)
     module.task_loss(params, task, args)[0].backward()
     for part in ("encoder.conv1.weight", "encoder.linear.weight", *(k for k in params if "rows" in k or "film" in k)):
         assert params[part].grad.abs().max() > 0, part
@@ -304,17 +310,134 @@ def test_intervals():
     assert math.isclose(rows["overall"]["ci95"], 1.96 * np.std(means), rel_tol=0.1)
 
 
-def test_bf16_stays_close_to_fp32():
+@pytest.mark.parametrize("module", [kml, mprotonet])
+def test_bf16_stays_close_to_fp32(module):
     losses = []
     for precision in ("fp32", "bf16"):
-        args, params = make_params(kml, "kml", "--precision", precision, dtype=torch.float32)
-        losses.append(kml.run_tasks(params, make_task(tasks=2, dtype=torch.float32), args, False)[0])
+        args, params = make_params(module, "kml", "--precision", precision, dtype=torch.float32)
+        losses.append(module.run_tasks(params, make_task(tasks=2, dtype=torch.float32), args, False)[0])
         assert all(w.grad is not None and w.grad.dtype == torch.float32 for w in params.values())
     assert not torch.equal(*losses)
     torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        omega = kml.modulation(params, kml.encode_task(params, make_task(dtype=torch.float32).support_x))
+        omega = module.modulation(params, module.encode_task(params, make_task(dtype=torch.float32).support_x))
     assert all(w.dtype == torch.float32 for w in omega.values()), "1 + M has too few digits in bf16"
+
+
+# ------------------------------------------------------------------------------------------------- prototype networks
+
+def test_a_prototype_is_the_mean_of_its_class():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 5, generator=rng), torch.tensor([2, 0, 1, 1, 2, 0, 0, 1, 2, 2, 1, 0])
+    means = torch.stack([x[y == n].mean(0) for n in range(3)])
+    torch.testing.assert_close(mprotonet.class_means(x, F.one_hot(y).float()), means)
+    (args, params), task = make_params(mprotonet, "kml"), make_task(shots=4)
+    order = torch.randperm(12, generator=rng)
+    mixed = task._replace(support_x=task.support_x[order], support_y=task.support_y[order])
+    torch.testing.assert_close(mprotonet.task_loss(params, mixed, args)[1], mprotonet.task_loss(params, task, args)[1])
+
+
+def test_distances_agree_with_a_loop():
+    x, y = torch.randn(4, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    loop = [[sum((a - b) ** 2 for a, b in zip(p, q)) for q in y.tolist()] for p in x.tolist()]
+    torch.testing.assert_close(mprotonet.squared_distances(x, y), torch.tensor(loop, dtype=torch.float64))
+
+
+def test_prototype_networks_on_hand_made_numbers(monkeypatch):
+    """Features on a line: support 0, 2 of class 0 and 5, 7 of class 1; queries 2 and 5. And one step of soft k-means."""
+    monkeypatch.setattr(mprotonet, "forward", lambda params, x, stats=None: (x.flatten(1), None))
+    points = lambda *values: torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    task = Task(points(0, 5, 2, 7), torch.tensor([0, 1, 0, 1]), points(2, 5), torch.tensor([0, 1]), torch.tensor(0))
+    args = get_args(mprotonet, "--modulation", "none", "--ways", 2)
+    loss, logits, _ = mprotonet.task_loss({}, task, args, evaluate=True)
+    assert logits.tolist() == [[-1, -16], [-16, -1]]                            # prototypes 1 and 6
+    assert math.isclose(loss, math.log(1 + math.exp(-15)))
+    args = get_args(mprotonet, "--modulation", "none", "--ways", 2, "--transductive")
+    p = 1 / (1 + math.exp(-15))                                                 # of each query for its own class
+    near, far = (0 + 2 + 2 * p + 5 * (1 - p)) / 3, (5 + 7 + 2 * (1 - p) + 5 * p) / 3
+    _, logits = mprotonet.task_loss({}, task, args, evaluate=True)
+    expected = [[-(q - c) ** 2 for c in (near, far)] for q in (2, 5)]
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_no_residual_multiplies_by_m_alone():
+    for generator in ("outer", "full"):
+        _, params = make_params(mprotonet, "kml", "--generator", generator)
+        theta, v = mprotonet.group(params, "base"), torch.rand(128).double()
+        omega = mprotonet.modulation(params, v)
+        for l in (1, 4):
+            W, M = theta[f"conv{l}.weight"], omega[f"conv{l}.weight"].reshape(theta[f"conv{l}.weight"].shape)
+            torch.testing.assert_close(mprotonet.modulate(theta, omega, 0)[f"conv{l}.weight"], W * M)
+            torch.testing.assert_close(mprotonet.modulate(theta, omega)[f"conv{l}.weight"], W + W * M)
+    g = {part: params[f"generator.conv4.full.{part}"] for part in ("weight", "bias")}
+    torch.testing.assert_close(omega["conv4.weight"], g["weight"] @ v + g["bias"])
+
+
+def test_what_the_query_pass_is_modulated_by(monkeypatch):
+    """--embed support, query, constant, and --no-residual as task_loss uses them: the kernels of each pass."""
+    original, used = mprotonet.forward, []
+
+    def spy(params, x, stats=None):
+        used.append(params["conv1.weight"])
+        return original(params, x, stats)
+    monkeypatch.setattr(mprotonet, "forward", spy)
+
+    def kernels(task, *words):
+        args, params = make_params(mprotonet, "kml", *words)
+        used.clear()
+        mprotonet.task_loss(params, task, args)
+        return params, *used
+    task, other = make_task(), make_task(seed=1)
+    swapped = task._replace(query_x=other.query_x)
+    params, support, query = kernels(task)
+    assert torch.equal(support, query)
+    assert torch.equal(query, kernels(swapped)[2])
+    assert not torch.equal(query, kernels(other)[2])
+    _, support, query = kernels(task, "--embed", "query")
+    assert not torch.equal(support, query)
+    assert not torch.equal(query, kernels(swapped, "--embed", "query")[2])
+    assert torch.equal(support, kernels(swapped, "--embed", "query")[1])
+    _, support, query = kernels(task, "--embed", "constant")
+    assert torch.equal(support, query)
+    assert torch.equal(query, kernels(other, "--embed", "constant")[2])
+    torch.testing.assert_close(kernels(task, "--no-residual")[1], kernels(task)[1] - params["conv1.weight"])
+
+
+def test_flags_of_the_released_code(capsys):
+    official = vars(get_args(mprotonet, "--official", "--out", "x"))
+    spelled = vars(get_args(mprotonet, "--no-residual", "--embed", "query", "--transductive", "--out", "x"))
+    assert {k for k in official if official[k] != spelled[k]} == {"official"}
+    assert "official" not in mprotonet.identity(get_args(mprotonet, "--official"))
+    for words in (["--embed", "query"], ["--transductive"]):
+        args, params = make_params(mprotonet, "kml", *words)
+        assert len(mprotonet.task_loss(params, make_task(), args, evaluate=True)) == 2, "no inductive logits"
+    for words in ("--modulation none --embed query", "--modulation film --no-residual", "--modulation film --official",
+                  "--modulation none --generator full"):
+        fails(capsys, functools.partial(mprotonet.get_args, words.split()), "means nothing with --modulation", "kml")
+
+
+def test_the_outer_product_saves_parameters_152_times():
+    args, widths = get_args(mprotonet), (3, 32, 64, 128, 256)
+    count = {}
+    for args.generator in ("outer", "full"):
+        sizes = [mprotonet.generator_sizes(args, l, widths[l - 1], widths[l]) for l in mprotonet.LAYERS]
+        count[args.generator] = sum(129 * n for size in sizes for n in size.values())       # 128 weights and a bias each
+    assert count["outer"] == 329595
+    assert round(count["full"] / count["outer"]) == 152
+    made = mprotonet.init_params(get_args(mprotonet, "--generator", "full", "--channels", 4))
+    sizes = [mprotonet.generator_sizes(args, l, c, 4 * 2 ** (l - 1)) for l, c in zip((1, 2, 3, 4), (3, 4, 8, 16))]
+    assert sum(w.numel() for w in mprotonet.group(made, "generator").values()) == sum(129 * n for s in sizes for n in s.values())
+
+
+def test_initial_scale_changes_no_prediction_and_its_share_of_a_step():
+    """BatchNorm cancels the scale of a kernel, up to its 1e-5; what it leaves is a larger gradient: the idea of --init-scale."""
+    (args, params), (_, small) = make_params(mprotonet, "none"), make_params(mprotonet, "none", "--init-scale", 0.5)
+    one, two = (mprotonet.task_loss(p, make_task(), args) for p in (params, small))
+    torch.testing.assert_close(one[1], two[1], rtol=5e-3, atol=5e-2)
+    one[0].backward()
+    two[0].backward()
+    torch.testing.assert_close(small["conv2.weight"], 0.5 * params["conv2.weight"])
+    torch.testing.assert_close(small["conv2.weight"].grad, 2 * params["conv2.weight"].grad, rtol=0.1, atol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------- episodes
@@ -857,7 +980,7 @@ def test_bad_arguments(capsys, words, said):
 
 # ------------------------------------------------------------------------------------------------------ command lines
 
-TINY = shlex.split("--synthetic --image-size 8 --channels 2 --meta-batch 2 --inner-steps 1 --queries 2 --iterations 6 "
+TINY = shlex.split("--synthetic --image-size 8 --channels 2 --meta-batch 2 --queries 2 --iterations 6 "
                    "--test-tasks 8 --log-every 2 --save-every 4")
 
 
@@ -899,14 +1022,15 @@ def test_a_run_from_start_to_end(module, modulation, tmp_path, cache, monkeypatc
     assert all((line["gradient_norm"]["encoder"] > 0) == (modulation != "none") for line in lines)
     assert sorted(p.name for p in tmp_path.glob("params-*")) == ["params-3.pt", "params-6.pt"]
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert torch.equal(checkpoint["params"]["head.weight"], torch.load(tmp_path / "params-6.pt", weights_only=True)["head.weight"])
+    kept = torch.load(tmp_path / "params-6.pt", weights_only=True)
+    assert all(torch.equal(w, kept[k]) for k, w in checkpoint["params"].items())
 
     monkeypatch.setattr(module, "run_tasks", lambda *_: pytest.fail("a finished run is not run again"))
     call(module, monkeypatch, *words)
     assert f"{rows['overall']['mean']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module, modulation", [(kml, "kml"), (mmaml, "film")])
+@pytest.mark.parametrize("module, modulation", [(kml, "kml"), (mmaml, "film"), (mprotonet, "kml")])
 def test_a_stopped_run_continues_to_the_same_bits(module, modulation, tmp_path, cache, monkeypatch):
     words = [*TINY, "--modulation", modulation, "--cache-dir", cache, "--iterations", 7]
     call(module, monkeypatch, *words, "--out", tmp_path / "whole")
@@ -1083,8 +1207,211 @@ def test_the_diff_shows_one_idea():
         lines = (HERE / script).read_text().split("\n")
         assert len(lines) <= 451
         assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
-    tail = [(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py")]
-    assert tail[0] == tail[1]
+    tail = {(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py", "mprotonet.py")}
+    assert len(tail) == 1
+    lines = (HERE / "mprotonet.py").read_text().split("\n")
+    assert len(lines) <= 501
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
+
+
+# ------------------------------------------------------------------------------------------------- tables and run_all.sh
+
+def make_result(folder, method, modes, per_task, inductive=(), **flags):
+    """A result file as the scripts write it, with accuracies of our choice."""
+    family = {"MAML": kml.METHODS | mmaml.METHODS, "ProtoNet": mprotonet.METHODS}
+    module = mmaml if method in family["MAML"].values() else mprotonet
+    args = vars(get_args(module, "--modes", *modes)) | flags
+    default = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}["MAML" if module is mmaml else "ProtoNet"]
+    result = {"method": method, "modes": modes, "ways": 5, "shots": args["shots"], "synthetic": args["synthetic"],
+              "per_task": list(per_task), "per_task_inductive": list(inductive) or None, "test_tasks": len(per_task),
+              "iterations": flags.get("iterations", default[0]), "seconds_per_iteration": 0.25,
+              "parameters": {"base": 1000, "encoder": 100, "generator": 10}, "args": args,
+              "data": [f"{mode}-84-abc" for mode in modes]}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [{"iteration": i, "accuracy": {mode: 20 + i + m for m, mode in enumerate(modes)}} for i in range(1, 90)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def test_intervals_and_paired_differences_of_the_tables_agree_with_a_bootstrap():
+    rng = np.random.default_rng(0)
+    hard = {"a": rng.normal(95, 4, 300), "b": rng.normal(50, 9, 300)}           # what both methods find hard
+    one, two = ({"scores": {"paper": {m: x + rng.normal(gain, 2, 300) for m, x in hard.items()}}, "data": {"a": 1, "b": 2}}
+                for gain in (1, 0))
+    resample = [{m: rng.integers(0, 300, 300) for m in "ab"} for _ in range(2000)]
+    mean, width = tables.score(one, "paper", ["a", "b"])
+    means = [np.mean([one["scores"]["paper"][m][at[m]].mean() for m in "ab"]) for at in resample]
+    assert math.isclose(mean, np.mean(means), abs_tol=0.05)
+    assert math.isclose(width, 1.96 * np.std(means), rel_tol=0.1)
+    mean, paired = tables.difference(one, two, "paper", ["a", "b"])
+    gains = {m: one["scores"]["paper"][m] - two["scores"]["paper"][m] for m in "ab"}
+    means = [np.mean([gains[m][at[m]].mean() for m in "ab"]) for at in resample]
+    assert math.isclose(mean, np.mean(means), abs_tol=0.05)
+    assert math.isclose(paired, 1.96 * np.std(means), rel_tol=0.1)
+    assert paired < width / 1.5, "pairing takes out what both find hard"
+    shorter = {"scores": {"paper": {m: x[:200] for m, x in two["scores"]["paper"].items()}}, "data": two["data"]}
+    assert tables.difference(one, shorter, "paper", ["a"])[0] == gains["a"][:200].mean()
+    assert tables.difference(one, shorter, "inductive", ["a"]) is None
+    assert tables.difference(one, shorter | {"data": {"a": 1, "b": 3}}, "paper", ["a", "b"]) is None, "other images"
+
+
+def test_tables_are_exactly_as_expected(tmp_path):
+    both = ["omniglot", "miniimagenet"]
+    flags = {"shots": 5, "iterations": 4000, "meta_batch": 4, "image_size": 42}
+    make_result(tmp_path / "p", "ProtoNet", both, [90, 40, 92, 44], [88, 40, 92, 40], **flags)
+    make_result(tmp_path / "k", "MProtoNet+KML", both, [94, 42, 98, 44], [94, 40, 94, 44], **flags)
+    make_result(tmp_path / "q", "MProtoNet+KML", both, [94, 44, 98, 46], **flags, embed="query", seed=1)
+    make_result(tmp_path / "o", "ProtoNet", both[:1], [96, 98, 90], [96, 96, 90], **flags)
+    make_result(tmp_path / "m", "ProtoNet", both[1:], [41, 42], [40, 42], **flags)
+    done = run("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tables.md").read_text() + "\n" == done.stdout
+    expected = """\
+# KML: tables from result files
+
+### ProtoNet family, 2mode (omniglot + miniimagenet), 5-way 5-shot
+
+**42 px instead of 84, 4,000 iterations of 4 tasks instead of 30,000 of 10.** 4 test tasks; accuracy in %, 95 % interval over tasks.
+
+| method | overall, paper protocol | overall, inductive | KML's Table 1 | omniglot, paper / inductive | miniimagenet, paper / inductive | parameters | s an iteration |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| ProtoNet | 66.50 ± 2.19 | 65.00 ± 1.96 | 75.12 ± 0.41 | 91.00 ± 1.96 / 90.00 ± 3.92 | 42.00 ± 3.92 / 40.00 ± 0.00 | 1,110 | 0.25 |
+| Multi-ProtoNet | 68.08 ± 2.41 | 67.50 ± 2.19 | 75.33 ± 0.46 | 94.67 ± 4.71 / 94.00 ± 3.92 | 41.50 ± 0.98 / 41.00 ± 1.96 | 2,220 | - |
+| MProtoNet: missing | - | - | 75.72 ± 0.47 | - / - | - / - | - | - |
+| MProtoNet+KML | 69.50 ± 2.19 | 68.00 ± 1.96 | 79.82 ± 0.40 | 96.00 ± 3.92 / 94.00 ± 0.00 | 43.00 ± 1.96 / 42.00 ± 3.92 | 1,110 | 0.25 |
+| MProtoNet+KML, `--embed query`, seed 1 | 70.50 ± 2.19 | - | - | 96.00 ± 3.92 / - | 45.00 ± 1.96 / - | 1,110 | 0.25 |
+
+| difference, task by task | overall, paper protocol | overall, inductive | KML's Table 1 | omniglot, paper protocol | miniimagenet, paper protocol |
+| --- | --- | --- | --- | --- | --- |
+| MProtoNet+KML - ProtoNet | +3.00 ± 1.39 | +3.00 ± 2.77 | +4.70 | +5.00 ± 1.96 | +1.00 ± 1.96 |
+| MProtoNet+KML - Multi-ProtoNet | +0.25 ± 1.10 | -0.50 ± 0.98 | +4.49 | -1.00 ± 1.96 | +1.50 ± 0.98 |
+| ProtoNet - Multi-ProtoNet | -2.75 ± 1.47 | -3.50 ± 2.19 | -0.21 | -6.00 ± 0.00 | +0.50 ± 2.94 |
+"""
+    assert done.stdout.startswith(expected)
+    assert "Missing altogether: 2mode-dagger 1-shot (MAML family)" in done.stdout
+
+
+def test_tables_mark_what_is_not_the_papers(tmp_path):
+    modes = ["fc100", "miniimagenet"]
+    x = [40, 60, 44, 62]
+    make_result(tmp_path / "1", "MMAML", modes, x, x)
+    make_result(tmp_path / "2", "MMAML", modes, x, x, synthetic=True)
+    make_result(tmp_path / "3", "MAML", ["fc100"], x, x, inner_lr=0.01, meta_batch=4, iterations=80000)
+    make_result(tmp_path / "4", "MAML", ["miniimagenet"], x, x, inner_lr=0.01, meta_batch=4, iterations=80000)
+    make_result(tmp_path / "5", "MAML", ["omniglot"], x, x)                      # not with Multi-MAML's settings
+    make_result(tmp_path / "6", "MMAML+KML", modes, x, x, lr=0.01)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "result.json").write_text('{"method": "ModGrad"}')
+    text = run("tables.py", tmp_path, "--out", tmp_path).stdout
+    usual, synthetic = (re.search(rf"### MAML family, 2mode-dagger[^\n]*\n\n{words}4 test tasks.*?(?=\n#|\Z)", text, re.DOTALL).group()
+                        for words in ("", r"\*\*Synthetic images.\*\* "))
+    assert "instead" not in usual
+    assert "| MMAML | 51.50 ± 2.19 | 51.50 ± 2.19 | 39.11 ± 0.62 |" in usual, "the 1-shot number"
+    assert "42.70 ± 0.86" in usual, "Table 2 beside it"
+    assert "| Multi-MAML | " in usual
+    assert "| MMAML+KML: missing |" in usual
+    assert "| MMAML+KML, `--lr 0.01` | " in usual
+    assert "KML's Table" not in synthetic
+    assert "omniglot, 5-way 1-shot" in text
+    (tmp_path / "1" / "result.json").write_text('{"method": "MMAML", ')
+    done = run("tables.py", tmp_path, "--out", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is not a whole result file" in done.stderr
+    done = run("tables.py", tmp_path / "none", "--out", tmp_path)
+    assert (done.returncode, "run_all.sh" in done.stderr) == (2, True)
+
+
+def test_tables_know_the_scripts():
+    """The paper's numbers, and which options are the paper's, are the same in scripts and tables."""
+    for module in (kml, mmaml, mprotonet):
+        args = vars(get_args(module))
+        for method, settings in module.PAPER.items():
+            for initials, numbers in settings.items():
+                setting = next(name for name, modes in tables.SETTINGS.items()
+                               if sorted(mode[0].upper() for mode in modes) == sorted(initials))
+                assert tuple(x for x, _ in tables.TABLE1[setting][method]) == numbers
+        family = "ProtoNet" if module is mprotonet else "MAML"
+        assert all(args.get(k, v) == v for k, v in (tables.OPTIONS | tables.BUDGET).items())
+        assert args["lr_halve_every"] == tables.HALVING[family]
+        assert (args["iterations"], args["meta_batch"]) == tables.ITERATIONS[family]
+        technical = {"modes", "ways", "shots", "meta_batch", "seed", "synthetic"}
+        assert set(module.identity(get_args(module))) <= {"method", *technical, *tables.OPTIONS, *tables.BUDGET,
+                                                          "lr_halve_every", "modulation"}
+
+
+def run_all(*words, **kwargs):
+    return subprocess.run(["bash", str(HERE / "run_all.sh"), *map(str, words)], check=False, capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": sys.executable}, **kwargs)
+
+
+def test_run_all_lists_every_cell():
+    lines = run_all("--dry-run").stdout.splitlines()
+    cells = [line.split("--out runs/")[1].split("  ")[0] for line in lines]
+    assert len(set(cells)) == len(cells) == 88
+    for line, cell in zip(lines, cells):
+        words = shlex.split(line.split("  #")[0])
+        module = {"kml.py": kml, "mmaml.py": mmaml, "mprotonet.py": mprotonet}[words[1]]
+        args = module.get_args(words[2:])
+        paper, setting, shots, method = cell.split("/")
+        assert (paper, shots) == ("kml", f"{args.shots}shot")
+        assert set(args.modes) == tables.SETTINGS.get(setting, {setting})
+        assert mprotonet.METHODS[args.modulation].lower() == method.replace("multi-", "") if module is mprotonet else \
+            module.METHODS[args.modulation].lower() == method.replace("multi-", "")
+        if method == "multi-maml":
+            own = tables.MULTI_MAML.get(setting, tables.MULTI_MAML[""])
+            assert own == {k: getattr(args, k) for k, v in tables.OPTIONS.items() if getattr(args, k, v) != v}
+            assert (args.iterations, args.meta_batch) == tables.MULTI_ITERATIONS.get(setting, tables.MULTI_ITERATIONS[""])
+        else:
+            assert tables.OPTIONS == {k: getattr(args, k, v) for k, v in tables.OPTIONS.items()}
+    some = run_all("--dry-run", "--only", "kml/2mode/5shot/*", "--only", "kml/*/5shot/multi-maml").stdout.splitlines()
+    assert len(some) == 6 + 5
+    quick = run_all("--dry-run", "--quick", "--synthetic", "--only", "*/multi-maml").stdout.splitlines()
+    assert all("--quick --synthetic" in line and "--iterations" not in line and "runs/quick/synthetic/" in line for line in quick)
+    for words, said in ((["--only", "nothing"], "no cell"), (["--jobs", "0"], "--jobs 0"), (["--nonsense"], "--nonsense"), (["--out"], "value")):
+        done = run_all(*words)
+        assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True)
+
+
+def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
+    words = ["--synthetic", "--only", "kml/2mode/5shot/mproto*", "--only", "kml/[om]*/5shot/multi-protonet", "--out", tmp_path / "runs",
+             "--", *TINY[1:], "--cache-dir", cache]
+    bad = tmp_path / "runs" / "kml" / "2mode" / "5shot" / "mprotonet"
+    bad.mkdir(parents=True)
+    (bad / "checkpoint.pt").write_bytes(b"rubbish")
+    done = run_all("--jobs", "2", *words)
+    assert done.returncode == 1
+    assert done.stdout.rstrip().endswith("kml/2mode/5shot/mprotonet (status 2)")
+    assert "is no checkpoint" in (bad / "output.txt").read_text()
+    table = (tmp_path / "runs" / "tables.md").read_text()
+    assert "**Synthetic images.**" in table
+    assert "| ProtoNet: missing |" in table
+    assert "| MProtoNet: missing |" in table
+    assert re.search(r"\| Multi-ProtoNet \| \d", table)
+    assert re.search(r"\| MProtoNet\+KML - Multi-ProtoNet \| [+-]\d", table)
+    (bad / "checkpoint.pt").unlink()
+    done = run_all(*words)                                              # only what failed is run again
+    assert done.returncode == 0, done.stderr
+    assert next(line for line in done.stdout.splitlines() if line.startswith("[")).startswith("[1/4]")
+    assert done.stdout.count("--out") == 1
+    assert "| MProtoNet: missing |" not in (tmp_path / "runs" / "tables.md").read_text()
+    assert run_all(*words).stdout.count("--out") == 0
+    assert all(line.endswith("# finished") for line in run_all("--dry-run", *words).stdout.splitlines())
+
+
+def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
+    words = ["--synthetic", "--only", "kml/2mode/5shot/*maml", "--out", tmp_path, "--", *TINY[1:], "--iterations", "1000000",
+             "--cache-dir", cache]
+    process = subprocess.Popen(["bash", str(HERE / "run_all.sh"), *map(str, words)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHON": sys.executable})
+    out = tmp_path / "kml" / "2mode" / "5shot" / "maml"
+    while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped; the same command continues" in said
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["iteration"] > 0
+    assert not (out.parent / "mmaml").exists(), "nothing is begun after the signal"
 
 
 def readme_blocks(language):
@@ -1115,7 +1442,7 @@ def test_readme_commands_run(tmp_path, cache):
     assert any("mmaml.py" in c for c in commands)
     for number, command in enumerate(dict.fromkeys(commands)):
         words = shlex.split(re.split(r"\bpython3? +(?=\w+\.py)", command)[1])
-        if words[0] in ("kml.py", "mmaml.py"):
+        if words[0] in ("kml.py", "mmaml.py", "mprotonet.py"):
             words += [*TINY, "--test-tasks", "10", "--cache-dir", cache, "--out", str(tmp_path / str(number))]
         elif words[0] == "data.py":
             words += ["--synthetic", "--image-size", "28", "--cache-dir", cache]
@@ -1127,13 +1454,13 @@ def test_readme_commands_run(tmp_path, cache):
 
 def test_readme_defaults_are_the_defaults():
     """The table of defaults: `--flag` | paper | ours | released code."""
-    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) >= 10
-    for module in (kml, mmaml):
+    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \| ([^|]*?) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 15
+    for module, column in ((kml, 0), (mmaml, 0), (mprotonet, 1)):
         args = vars(get_args(module))
-        for flag, ours in rows:
-            value = args[flag.replace("-", "_")]
-            assert ours == {True: "on", False: "off"}.get(value if isinstance(value, bool) else None, str(value)), flag
+        for flag, *ours in rows:
+            value = args.get(flag.replace("-", "_"), "")
+            assert ours[column] == {True: "on", False: "off"}.get(value if isinstance(value, bool) else None, str(value)), flag
 
 
 def test_ci_runs_the_test_command_of_the_readme():

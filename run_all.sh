@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Every table of the papers, one command a cell. A cell is named paper/setting/shots/method, and its run lives in a folder of
+# that name. Finished cells are skipped, broken ones continue, a failed one does not stop the others; tables.py comes last.
+usage="usage: bash run_all.sh [--dry-run] [--only GLOB]... [--quick] [--synthetic] [--jobs N] [--out FOLDER] [-- FLAG...]
+
+  --dry-run    print the commands, one a line, each complete in itself, and run nothing
+  --only GLOB  only the cells whose name matches, as 'kml/2mode/5shot/*'; may be given several times
+  --quick      the scripts' two-minute budget in place of the papers'
+  --synthetic  procedural images in place of the real ones: no download
+  --jobs N     N cells at a time (1); each one's output goes to output.txt in its folder
+  --out FOLDER where the runs go (runs; with --quick runs/quick, with --synthetic runs/synthetic, ...)
+  -- FLAG...   flags for every command, which win: -- --image-size 28 --iterations 4000; give another --out with them
+
+Ctrl-C ends the running cells with a checkpoint; the same command continues. Python is that of .venv, if there is one, or of
+the variable PYTHON. Status 1: a cell failed; it is named at the end."
+set -u
+cd "$(dirname "$0")" || exit 1
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+only=() jobs=1 dry="" quick="" synthetic="" out="" extra=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --dry-run) dry=1 ;;
+        --quick) quick=" --quick" ;;
+        --synthetic) synthetic=" --synthetic" ;;
+        --only | --jobs | --out)
+            [ $# -gt 1 ] || fail "$1 needs a value"
+            case "$1" in --only) only+=("$2") ;; --jobs) jobs=$2 ;; --out) out=$2 ;; esac
+            shift ;;
+        --) shift; [ $# -eq 0 ] || extra=$(printf " %q" "$@"); break ;;
+        -h | --help) echo "$usage"; exit ;;
+        *) fail "$1 is no flag of run_all.sh (see --help); flags for the scripts go after --" ;;
+    esac
+    shift
+done
+case "$jobs" in '' | *[!0-9]* | 0) fail "--jobs $jobs: give a whole number from 1 on" ;; esac
+folder=${out:-runs${quick:+/quick}${synthetic:+/synthetic}}
+if [ -z "${PYTHON:-}" ]; then PYTHON=python; [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python; fi
+
+# ---------------------------------------------------------------------------------------------------------- the cells
+names=() commands=()
+
+cell() {    # cell NAME BUDGET COMMAND...    BUDGET: flags that are left out with --quick
+    local name=$1 budget=${2:+ $2} glob
+    shift 2
+    if [ ${#only[@]} -gt 0 ]; then
+        for glob in "${only[@]}"; do
+            # shellcheck disable=SC2254 # a glob is meant
+            case "$name" in $glob) glob=""; break ;; esac
+        done
+        [ -z "$glob" ] || return 0
+    fi
+    names+=("$name")
+    commands+=("$PYTHON $*${quick:-$budget}$synthetic$extra --out $(printf %q "$folder/$name")")
+}
+
+# KML, Tables 1 and 2. (The scripts' defaults are the papers' settings.)
+kml_methods() {     # kml_methods SETTING MODE...
+    local setting=$1 shots
+    shift
+    for shots in 1 5; do
+        local to="--modes $* --shots $shots" at="kml/$setting/${shots}shot"
+        cell "$at/maml" "" mmaml.py "$to" --modulation none
+        cell "$at/mmaml" "" mmaml.py "$to"
+        cell "$at/mmaml+kml" "" kml.py "$to"
+        cell "$at/protonet" "" mprotonet.py "$to" --modulation none
+        cell "$at/mprotonet" "" mprotonet.py "$to" --modulation film
+        cell "$at/mprotonet+kml" "" mprotonet.py "$to"
+    done
+}
+kml_methods 2mode-dagger miniimagenet fc100
+kml_methods 2mode omniglot miniimagenet
+kml_methods 3mode omniglot miniimagenet fc100
+kml_methods 5mode omniglot miniimagenet fc100 cub aircraft
+
+# Multi-MAML and Multi-ProtoNet are one run a mode; every setting above uses the same ones. Multi-MAML's settings are those of
+# MMAML's released code. Beside them, KML on one mode: what it does where there is no other mode to tell apart.
+for mode in omniglot miniimagenet fc100 cub aircraft; do
+    inner="--inner-lr 0.01 --inner-steps 5" budget="--meta-batch 4 --iterations 80000"
+    if [ $mode = omniglot ]; then inner="--inner-lr 0.4 --inner-steps 1" budget="--meta-batch 10 --iterations 60000"; fi
+    for shots in 1 5; do
+        to="--modes $mode --shots $shots" at="kml/$mode/${shots}shot"
+        cell "$at/multi-maml" "$budget" mmaml.py "$to" --modulation none "$inner"
+        cell "$at/multi-protonet" "" mprotonet.py "$to" --modulation none
+        cell "$at/mmaml+kml" "" kml.py "$to"
+        cell "$at/mprotonet+kml" "" mprotonet.py "$to"
+    done
+done
+
+# ---------------------------------------------------------------------------------------------------------- running them
+[ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
+
+finished() {    # of cell $1: it ended with this very command, and its result is of the latest checkpoint
+    local at="$folder/${names[$1]}"
+    [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ "$at/result.json" -nt "$at/checkpoint.pt" ]
+}
+
+if [ -n "$dry" ]; then
+    for i in "${!names[@]}"; do
+        if finished "$i"; then echo "${commands[$i]}    # finished"; else echo "${commands[$i]}"; fi
+    done
+    exit
+fi
+
+failures=$(mktemp) || exit 1
+stopped=""
+trap 'rm -f "$failures"' EXIT
+trap 'stopped=1; kill -TERM $(jobs -p) 2>/dev/null' INT TERM
+
+run() {     # cell $1, in the background: its script must get the signal, not this shell
+    local at="$folder/${names[$1]}" child
+    trap 'kill -TERM "$child" 2>/dev/null' INT TERM
+    mkdir -p "$at" || exit 1
+    if [ "$jobs" -gt 1 ]; then exec >"$at/output.txt" 2>&1; fi
+    eval "${commands[$1]} &"
+    child=$!
+    wait "$child"
+    local status=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done       # wait returns early on a signal
+    if [ $status -ne 0 ]; then echo "${names[$1]} (status $status)" >>"$failures"; return; fi
+    echo "${commands[$1]}" >"$at/command.txt"
+}
+
+if [ "$jobs" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then     # runs that fight for the same cores are far slower than turns
+    cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+    export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+fi
+for i in "${!names[@]}"; do
+    if [ -n "$stopped" ]; then break; fi
+    if finished "$i"; then continue; fi
+    echo "[$((i + 1))/${#names[@]}] ${commands[$i]}"
+    run "$i" &
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
+done
+while [ -n "$(jobs -rp)" ]; do wait; done
+
+if [ -n "$stopped" ]; then echo "stopped; the same command continues"; exit 1; fi
+$PYTHON tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
+status=$?
+if [ -s "$failures" ]; then
+    echo "failed cells, which the same command tries again:"
+    sort "$failures"
+    exit 1
+fi
+exit $status

@@ -1,0 +1,328 @@
+"""Result files -> the KML paper's tables with the paper's numbers beside ours, and training curves.
+
+    python tables.py [FOLDER ...] [--out results]
+
+reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
+<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations.
+
+Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
+iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
+Intervals, 95 %, are over test tasks; modes are strata: overall is the mean of the modes' means, its interval
+1.96 sqrt(sum_m s_m^2 / n_m) / M. Differences are paired: the same formula on the differences task by task.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import atomic_write, fail
+
+# Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
+FAMILIES = {"MAML": ("MAML", "Multi-MAML", "MMAML", "MMAML+KML"),
+            "ProtoNet": ("ProtoNet", "Multi-ProtoNet", "MProtoNet", "MProtoNet+KML")}
+PAIRS = ((3, 2), (3, 0), (3, 1), (2, 0), (0, 1))        # KML - FiLM, KML - none, KML - Multi, FiLM - none, none - Multi
+SETTINGS = {"2mode-dagger": {"miniimagenet", "fc100"}, "2mode": {"omniglot", "miniimagenet"},
+            "3mode": {"omniglot", "miniimagenet", "fc100"},
+            "5mode": {"omniglot", "miniimagenet", "fc100", "cub", "aircraft"}}
+TABLE1 = {      # KML paper, Table 1: overall accuracy and interval in %, 1-shot and 5-shot
+    "2mode-dagger": {
+        "MAML": ((40.53, 0.68), (54.11, 0.63)), "Multi-MAML": ((39.27, 0.76), (53.51, 0.72)),
+        "MMAML": ((39.11, 0.62), (52.02, 0.63)), "MMAML+KML": ((40.73, 0.66), (53.72, 0.60)),
+        "ProtoNet": ((43.05, 0.58), (57.70, 0.59)), "Multi-ProtoNet": ((43.42, 0.56), (56.73, 0.64)),
+        "MProtoNet": ((43.57, 0.59), (56.03, 0.64)), "MProtoNet+KML": ((44.40, 0.65), (59.31, 0.62))},
+    "2mode": {
+        "MAML": ((65.18, 0.61), (74.18, 0.57)), "Multi-MAML": ((66.77, 0.68), (73.07, 0.61)),
+        "MMAML": ((67.67, 0.63), (73.52, 0.71)), "MMAML+KML": ((68.01, 0.59), (77.02, 0.66)),
+        "ProtoNet": ((69.55, 0.54), (75.12, 0.41)), "Multi-ProtoNet": ((70.17, 0.61), (75.33, 0.46)),
+        "MProtoNet": ((70.60, 0.56), (75.72, 0.47)), "MProtoNet+KML": ((73.69, 0.52), (79.82, 0.40))},
+    "3mode": {
+        "MAML": ((54.40, 0.56), (66.51, 0.54)), "Multi-MAML": ((56.01, 0.66), (65.92, 0.62)),
+        "MMAML": ((57.35, 0.61), (64.21, 0.57)), "MMAML+KML": ((57.68, 0.59), (67.12, 0.55)),
+        "ProtoNet": ((58.14, 0.49), (66.84, 0.44)), "Multi-ProtoNet": ((59.89, 0.50), (67.03, 0.44)),
+        "MProtoNet": ((59.62, 0.54), (67.51, 0.47)), "MProtoNet+KML": ((62.08, 0.54), (70.03, 0.43))},
+    "5mode": {
+        "MAML": ((47.19, 0.49), (58.13, 0.48)), "Multi-MAML": ((48.33, 0.58), (59.20, 0.52)),
+        "MMAML": ((49.53, 0.50), (58.89, 0.47)), "MMAML+KML": ((50.31, 0.49), (60.51, 0.47)),
+        "ProtoNet": ((49.31, 0.53), (58.91, 0.51)), "Multi-ProtoNet": ((50.69, 0.57), (59.88, 0.54)),
+        "MProtoNet": ((51.75, 0.52), (59.95, 0.42)), "MProtoNet+KML": ((56.72, 0.46), (64.91, 0.38))}}
+TABLE2 = {      # KML paper, Table 2: the same of each mode of 2mode-dagger
+    "miniimagenet": {
+        "MAML": ((44.11, 0.88), (59.34, 0.78)), "Multi-MAML": ((41.70, 0.91), (60.03, 0.88)),
+        "MMAML": ((42.70, 0.86), (56.93, 0.78)), "MMAML+KML": ((44.01, 0.82), (58.95, 0.76)),
+        "ProtoNet": ((45.62, 0.82), (61.74, 0.75)), "Multi-ProtoNet": ((47.19, 0.58), (61.11, 0.53)),
+        "MProtoNet": ((47.06, 0.80), (60.56, 0.77)), "MProtoNet+KML": ((48.34, 0.86), (61.20, 0.77))},
+    "fc100": {
+        "MAML": ((37.01, 0.82), (49.01, 0.73)), "Multi-MAML": ((36.84, 0.81), (47.08, 0.74)),
+        "MMAML": ((35.50, 0.75), (47.11, 0.77)), "MMAML+KML": ((37.47, 0.86), (48.45, 0.76)),
+        "ProtoNet": ((40.36, 0.76), (53.66, 0.77)), "Multi-ProtoNet": ((39.61, 0.54), (52.35, 0.57)),
+        "MProtoNet": ((40.09, 0.77), (51.50, 0.83)), "MProtoNet+KML": ((40.48, 0.77), (54.42, 0.76))}}
+# What the paper's runs have. A run with other options is a variant, and says so in its row; a run of another budget stands in
+# another table.
+OPTIONS = {"lr": 1e-3, "no_norm_affine": False, "first_order": False, "inner_clip": 20.0, "inner_lr": 0.05,
+           "inner_steps": 5, "no_residual": False, "embed": "support", "transductive": False, "generator": "outer",
+           "init_scale": 1.0}
+HALVING = {"MAML": 0, "ProtoNet": 10000}
+MULTI_MAML = {"omniglot": {"inner_lr": 0.4, "inner_steps": 1}, "": {"inner_lr": 0.01}}
+BUDGET = {"image_size": 84, "channels": 32, "queries": 15, "precision": "fp32"}
+UNITS = {"image_size": "px", "channels": "channels in layer 1", "queries": "queries a class", "precision": "precision"}
+ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}          # and tasks in each
+MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}         # of Multi-MAML
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+def read(folders):
+    """All runs under the folders -> list of dicts (see read_run)."""
+    files = sorted({file for folder in folders for file in Path(folder).rglob("result.json")})
+    return [run for run in map(read_run, files) if run]
+
+
+def read_run(file):
+    """One result.json -> what the tables need of it; None if it is of a script that makes no table of the KML paper.
+
+    `scores` is {protocol: {mode: array of its tasks' accuracies}}, `options` what differs from the paper's method,
+    `budget` what two runs must have in common to stand in one table.
+    """
+    try:
+        run = json.loads(file.read_text())
+        method = run["method"]
+        family = "MAML" if method in FAMILIES["MAML"] else "ProtoNet"
+        if method not in FAMILIES[family]:
+            return None
+        modes, args = run["modes"], run["args"]
+        usual = OPTIONS | {"lr_halve_every": HALVING[family]}
+        options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+        steps = ITERATIONS[family]
+        if method == "ProtoNet" and len(modes) == 1:
+            method = "Multi-ProtoNet"
+        elif method == "MAML" and len(modes) == 1 and options == MULTI_MAML.get(modes[0], MULTI_MAML[""]):
+            method, options, steps = "Multi-MAML", {}, MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
+        done = run["iterations"], args["meta_batch"]
+        protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
+        return {"method": method, "modes": modes, "family": family, "options": options, "seed": args["seed"],
+                "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, run["data"])),
+                "budget": tuple((k, args.get(k, v)) for k, v in BUDGET.items())
+                + (("steps", "paper" if done == steps else done), ("synthetic", run["synthetic"])),
+                "scores": {protocol: {mode: np.array(x[m::len(modes)]) for m, mode in enumerate(modes)}
+                           for protocol, x in protocols.items() if x is not None},
+                "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"]}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+
+
+def absent(method, modes=()):
+    """What stands in a table for a run that is not there; `modes`: of which it would be made."""
+    return {"method": method, "options": {}, "seed": 0, "missing": modes, "scores": {}, "data": {}, "parameters": None,
+            "seconds": None}
+
+
+def joined(method, modes, singles):
+    """Multi-MAML or Multi-ProtoNet: its runs on single modes as one."""
+    of = [singles.get((method, mode)) for mode in modes]
+    if None in of:
+        return absent(method, [mode for mode, run in zip(modes, of) if run is None])
+    return absent(method) | {
+        "scores": {protocol: {mode: run["scores"][protocol][mode] for mode, run in zip(modes, of)}
+                   for protocol in ("paper", "inductive")},
+        "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
+        "parameters": sum(run["parameters"] for run in of)}
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+def interval(strata):
+    """Arrays of values, one a mode -> mean of their means, half width of its 95 % interval."""
+    means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
+    return float(np.mean(means)), 1.96 * math.sqrt(sum(variances)) / len(strata)
+
+
+def score(run, protocol, modes):
+    """Accuracy over `modes`, in % -> (mean, interval), or None where there is none."""
+    return interval([run["scores"][protocol][mode] for mode in modes]) if protocol in run["scores"] else None
+
+
+def difference(a, b, protocol, modes):
+    """Accuracy of run a minus that of b on the tasks they share -> (mean, interval), or None where there are none."""
+    if not all(protocol in run["scores"] for run in (a, b)) or any(a["data"][m] != b["data"][m] for m in modes):
+        return None
+    pairs = [(a["scores"][protocol][m], b["scores"][protocol][m]) for m in modes]
+    return interval([x[:len(y)] - y[:len(x)] for x, y in pairs])        # task j is the same in every run
+
+
+# ------------------------------------------------------------------------------------------------------ Markdown
+def show(value, sign=""):
+    return "-" if value is None else f"{value[0]:{sign}.2f} ± {value[1]:.2f}"
+
+
+def label(run):
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in run["options"].items()]
+    return ", ".join([run["method"], *([f"`{' '.join(flags)}`"] if flags else []),
+                      *([f"seed {run['seed']}"] if run["seed"] else [])])
+
+
+def table(rows, columns):
+    """Objects and {head: function that makes the object's cell} -> a Markdown table."""
+    lines = [list(columns), ["---"] * len(columns), *([str(cell(row)) for cell in columns.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def budget_text(budget, family):
+    """What is not the paper's -> Markdown, "" if nothing is."""
+    budget = dict(budget)
+    words = [f"{budget[key]} {unit} instead of {BUDGET[key]}" for key, unit in UNITS.items() if budget[key] != BUDGET[key]]
+    if budget["steps"] != "paper":
+        (ours, batch), (theirs, usual) = budget["steps"], ITERATIONS[family]
+        words.append(f"{ours:,} iterations of {batch} tasks instead of {theirs:,} of {usual}")
+    return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
+
+
+def pairs(runs, methods):
+    """Which runs to compare: the methods among each other; a variant, or another seed, with what differs from it
+    in nothing else."""
+    usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
+    found = [(usual.get((methods[i], 0)), usual.get((methods[j], 0))) for i, j in PAIRS]
+    for run in runs:
+        if run["options"] or run["seed"]:
+            found += [(run, usual.get((method, run["seed"]))) for method in dict.fromkeys((run["method"], methods[0]))]
+    return [(a, b) for a, b in found if a and b and a is not b and a["scores"] and b["scores"]]
+
+
+def block(runs, singles):
+    """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences.
+
+    `singles`: {(method, mode): its run on that mode alone}, of the same ways, shots, family and budget.
+    """
+    first, methods = runs[0], FAMILIES[runs[0]["family"]]
+    modes, shots, setting = first["modes"], first["shots"], setting_name(first["modes"])
+    several = modes if len(modes) > 1 else []
+    comparable = first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
+    table1, table2 = TABLE1.get(setting, {}) if comparable else {}, comparable and setting == "2mode-dagger"
+
+    order = {run["method"]: run for run in runs if not run["options"] and run["seed"] == 0}
+    if several:
+        order = {m: order.get(m) or absent(m) for m in methods} | {methods[1]: joined(methods[1], modes, singles)}
+    rest = [run for run in runs if run not in order.values()]
+    rows = [*order.values(), *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run)))]
+
+    def published(where):
+        return lambda run: show(where[run["method"]][shots == 5] if where and not run["options"] else None)
+
+    def missing(run):
+        return ": missing" + f" ({', '.join(run['missing'])})" * bool(run["missing"]) if not run["scores"] else ""
+    columns = {"method": lambda run: label(run) + missing(run),
+               "overall, paper protocol": lambda run: show(score(run, "paper", modes)),
+               "overall, inductive": lambda run: show(score(run, "inductive", modes))}
+    columns |= {"KML's Table 1": published(table1)} if table1 else {}
+    columns |= {f"{m}, paper / inductive": lambda run, m=m: " / ".join(
+        show(score(run, protocol, [m])) for protocol in ("paper", "inductive")) for m in several}
+    columns |= {f"KML's Table 2, {m}": published(TABLE2[m]) for m in several if table2}
+    columns |= {"parameters": lambda run: f"{run['parameters']:,}" if run["parameters"] else "-",
+                "s an iteration": lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-"}
+
+    def published_difference(pair):
+        return "-" if any(run["options"] for run in pair) else "{:+.2f}".format(
+            table1[pair[0]["method"]][shots == 5][0] - table1[pair[1]["method"]][shots == 5][0])
+    differences = {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
+                   "overall, paper protocol": lambda pair: show(difference(*pair, "paper", modes), "+"),
+                   "overall, inductive": lambda pair: show(difference(*pair, "inductive", modes), "+")}
+    differences |= {"KML's Table 1": published_difference} if table1 else {}
+    differences |= {f"{m}, paper protocol": lambda pair, m=m: show(difference(*pair, "paper", [m]), "+") for m in several}
+
+    counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
+    about = [budget_text(first["budget"], first["family"]), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
+             "accuracy in %, 95 % interval over tasks."]
+    compared = pairs(rows, methods)
+    return (f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
+            + (f"\n{table(compared, differences)}" if compared else ""))
+
+
+def setting_name(modes):
+    names = [name for name, of in SETTINGS.items() if of == set(modes) and len(of) == len(modes)]
+    return names[0] if names else "+".join(modes)
+
+
+def title(run):
+    name, modes = setting_name(run["modes"]), " + ".join(run["modes"])
+    return f"{run['family']} family, {name}{f' ({modes})' * (name in SETTINGS)}, {run['ways']}-way {run['shots']}-shot"
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+def curves(runs, singles, file):
+    """Training accuracy of each run against iterations, a panel a mode -> PNG `file`. Points are means over log lines."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    modes = runs[0]["modes"]
+    figure, panels = plt.subplots(1, len(modes), figsize=(5 * len(modes) + 2, 4), squeeze=False, layout="constrained")
+    alone = [run for (_, mode), run in singles.items() if mode in modes and len(modes) > 1]
+    colours = {name: f"C{i % 10}" for i, name in enumerate(sorted({label(run) for run in [*runs, *alone]}))}
+    for mode, axis in zip(modes, panels[0]):
+        for run in (run for run in sorted([*runs, *alone], key=label) if mode in run["modes"]):
+            lines = [json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()]
+            lines = [(line["iteration"], line["accuracy"][mode]) for line in lines if mode in line["accuracy"]]
+            of = max(1, len(lines) // 40)                   # at most about 40 points: fewer, less noisy ones
+            points = np.array(lines[len(lines) % of:]).reshape(-1, of, 2).mean(1)
+            axis.plot(*points.T, color=colours[label(run)], label=label(run).replace("`", ""), linewidth=1.3)
+        axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
+        axis.grid(alpha=0.3)
+    lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
+    about = budget_text(runs[0]["budget"], runs[0]["family"]).replace("**", "")
+    figure.suptitle(f"{title(runs[0])}\n{about}".strip(), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def slug(run):
+    """A run's table as a file name."""
+    budget = dict(run["budget"])
+    steps = [] if budget["steps"] == "paper" else ["{}x{}".format(*budget["steps"])]
+    words = [*(["synthetic"] if budget["synthetic"] else []), run["family"], setting_name(run["modes"]),
+             f"{run['ways']}way", f"{run['shots']}shot", *(str(budget[k]) for k in BUDGET if budget[k] != BUDGET[k]), *steps]
+    return "-".join(words).lower()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = fail
+    p.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="where result files are (runs)")
+    p.add_argument("--out", default="results", help="folder of tables.md and the figures")
+    args = p.parse_args()
+    groups, out = {}, Path(args.out)
+    for run in read(args.folders):
+        group = groups.setdefault(tuple(run[k] for k in ("family", "budget", "ways", "shots")), {})
+        table_of = group.setdefault(tuple(run["modes"]), {})
+        if label(run) in table_of:
+            print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
+        table_of.setdefault(label(run), run)
+    if not groups:
+        fail(f"no result.json of a KML table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
+    parts, seen = [], set()
+    for group in (groups[key] for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))):
+        singles = {(run["method"], modes[0]): run for modes, runs in group.items() if len(modes) == 1
+                   for run in runs.values() if label(run).startswith("Multi-") and label(run) == run["method"]}
+        for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
+            runs = list(group[modes].values())
+            parts.append(block(runs, singles))
+            seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
+            if importlib.util.find_spec("matplotlib"):
+                file = out / f"curves-{slug(runs[0])}.png"
+                out.mkdir(parents=True, exist_ok=True)
+                curves(runs, singles, file)
+                parts.append(f"![Accuracy against iterations]({file.name})\n")
+    lacking = [f"{setting} {shots}-shot ({family} family)" for family in FAMILIES for setting in SETTINGS for shots in (1, 5)
+               if (family, setting, shots) not in seen]
+    if lacking:
+        parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
+    text = "# KML: tables from result files\n\n" + "\n".join(parts)
+    print(text)
+    atomic_write(out / "tables.md", text)
+    print(f"written to {out / 'tables.md'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
