@@ -1414,6 +1414,22 @@ def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
     assert not (out.parent / "mmaml").exists(), "nothing is begun after the signal"
 
 
+def test_inspect_modulation(tmp_path, cache, monkeypatch):
+    for name, module, words in (("kml", kml, []), ("constant", mprotonet, ["--embed", "constant"]), ("none", mprotonet, ["--modulation", "none"])):
+        call(module, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path / name, *words)
+    done = run("inspect_modulation.py", tmp_path / "kml", tmp_path / "constant", "--cache-dir", cache, "--tasks", 10, "--out", tmp_path / "m.json")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stdout
+    one, constant = json.loads((tmp_path / "m.json").read_text())
+    assert all(0 <= x["mode"] <= x["task"] <= x["size"] for x in one["M"].values())
+    assert all(x["task"] < 1e-6 < x["size"] for x in constant["M"].values()), "M of a constant v knows no task"
+    params = torch.load(tmp_path / "constant" / "checkpoint.pt", weights_only=True)["params"]
+    M = mprotonet.modulation(params, params["encoder.constant"])["conv3.weight"]
+    assert math.isclose(constant["M"]["conv3"]["size"], M.square().mean().sqrt(), rel_tol=1e-5)
+    done = run("inspect_modulation.py", tmp_path / "none")
+    assert (done.returncode, "run of ProtoNet" in done.stderr) == (2, True)
+
+
 def readme_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
@@ -1421,18 +1437,21 @@ def readme_blocks(language):
 def test_readme_shows_the_real_diff():
     shown = readme_blocks("diff")
     assert shown
-    real = "\n".join(difflib.unified_diff(code_lines(HERE / "mmaml.py"), code_lines(HERE / "kml.py"), n=0, lineterm=""))
-    hunks = [re.sub(r"^@@.*?@@.*\n", "", hunk, flags=re.MULTILINE) for hunk in real.split("\n@@")]
+    real = "\n".join(line for one, two in (("mmaml.py", "kml.py"), ("kml.py", "mprotonet.py"))
+                     for line in difflib.unified_diff(code_lines(HERE / one), code_lines(HERE / two), n=0, lineterm=""))
     for block in shown:
-        wanted = [line for line in block.strip("\n").split("\n") if line[:1] in "+-"]
-        assert "\n".join(wanted) in "\n".join(line for line in real.split("\n") if line[:1] in "+-"), block
-    assert any("1 + M" in block for block in shown), hunks
+        assert {line[0] for line in block.splitlines()} <= set("+-")
+        removed, added = ([line for line in block.splitlines() if line[0] == sign] for sign in "-+")
+        for lines in (removed, added):
+            assert "\n".join(lines) in real, block
+    assert any("1 + M" in block for block in shown)
+    assert any("prototypes" in block for block in shown)
 
 
 def readme_commands():
     """Every line of README's sh blocks that starts a script of ours."""
     lines = [line.split(" #")[0].strip() for block in readme_blocks("sh") for line in block.replace("\\\n", " ").split("\n")]
-    return [line for line in lines if re.search(r"\bpython3? +\w+\.py", line)]
+    return [line for line in lines if re.search(r"\bpython3? +\w+\.py|^bash ", line)]
 
 
 def test_readme_commands_run(tmp_path, cache):
@@ -1441,11 +1460,20 @@ def test_readme_commands_run(tmp_path, cache):
     assert any("kml.py" in c for c in commands)
     assert any("mmaml.py" in c for c in commands)
     for number, command in enumerate(dict.fromkeys(commands)):
+        if command.startswith("bash run_all.sh "):          # which cells there are; another test runs some
+            done = run_all(*shlex.split(command.replace("run_all.sh", "run_all.sh --dry-run"))[2:])
+            assert "--out runs" in done.stdout, command
+            continue
         words = shlex.split(re.split(r"\bpython3? +(?=\w+\.py)", command)[1])
         if words[0] in ("kml.py", "mmaml.py", "mprotonet.py"):
             words += [*TINY, "--test-tasks", "10", "--cache-dir", cache, "--out", str(tmp_path / str(number))]
         elif words[0] == "data.py":
             words += ["--synthetic", "--image-size", "28", "--cache-dir", cache]
+        elif words[0] == "inspect_modulation.py":
+            first = next(i for i, c in enumerate(dict.fromkeys(commands)) if " kml.py" in c)
+            words = [words[0], str(tmp_path / str(first)), "--tasks", "10", "--cache-dir", cache]
+        elif words[0] == "tables.py":
+            words[1:] = [str(tmp_path), "--out", str(tmp_path)]
         elif words[0] == "bench.py":
             words += ["--seconds", "0.1", "--image-size", "8", "--synthetic", "--cache-dir", cache]
         done = run(HERE / words[0], *words[1:], cwd=tmp_path)

@@ -1,0 +1,105 @@
+"""How large is the modulation, how much of it is the task's, and does the task embedding v tell the modes apart?
+
+    python inspect_modulation.py RUN [RUN ...] [--tasks 200] [--out results/modulation.json]
+
+for finished runs of kml.py and mprotonet.py with kernel modulation (folders with a checkpoint). For each convolution it
+prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
+
+    size     root mean square of M's entries. With the residual W * (1 + M) they stand beside a 1.
+    task     root mean square of what is left of M without its mean over all tasks: the part that depends on the task.
+    mode     root mean square of the modes' mean M without that mean: the part that depends on the mode alone.
+
+and of v: how many test tasks lie nearest to the mean v of their own mode, the means being of validation tasks. A mode's
+share of all tasks is what guessing gives.
+"""
+import argparse
+import importlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from data import Episodes, atomic_write, fail
+
+SCRIPTS = {"MMAML+KML": "kml", "MProtoNet+KML": "mprotonet"}
+
+
+def load(folder):
+    """A run's folder -> its script as a module, its arguments, its parameters, iterations done."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        fail(f"there is no {path}: train first, or name the folder of a run")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["identity"]["method"] not in SCRIPTS:
+        fail(f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M")
+    module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
+    return module, argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
+
+
+def embed_and_modulate(module, params, episodes, count):
+    """Of the first `count` tasks: v (count, 128), {layer: M (count, entries)}, mode (count,)."""
+    v, M, modes = [], {f"conv{l}.weight": [] for l in module.LAYERS}, []
+    for j in range(count):
+        task = episodes.tasks(j, 1)
+        v.append(module.encode_task(params, task.support_x[0]))
+        omega = module.modulation(params, v[-1])
+        for k, x in M.items():
+            x.append(omega[k].flatten())
+        modes.append(int(task.mode[0]))
+    return torch.stack(v), {k: torch.stack(x) for k, x in M.items()}, torch.tensor(modes)
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def inspect(folder, count, data_root, cache_dir):
+    """One run -> dict: size of M by layer, and how well v tells the modes apart (see above)."""
+    module, args, params, iteration = load(folder)
+    args.data_root, args.cache_dir, args.device = data_root, cache_dir, "cpu"
+    modes = range(len(args.modes))
+    v_val, _, mode_val = embed_and_modulate(module, params, Episodes.of(args, "val"), count)
+    v, M, mode = embed_and_modulate(module, params, Episodes.of(args, "test"), count)
+    centres = torch.stack([v_val[mode_val == m].mean(0) for m in modes])
+    nearest = torch.cdist(v, centres).argmin(1)
+    layers = {}
+    for k, x in M.items():
+        of_modes = torch.stack([x[mode == m].mean(0) for m in modes])
+        layers[k.split(".")[0]] = {"size": rms(x), "task": rms(x - x.mean(0)), "mode": rms(of_modes - of_modes.mean(0))}
+    options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
+    return {"method": args.method, "modes": args.modes, "shots": args.shots, "seed": args.seed, **options,
+            "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers,
+            "v": {"right_mode_percent": 100 * (nearest == mode).float().mean().item(), "norm": v.norm(dim=1).mean().item(),
+                  "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
+                  "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item()}}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = fail
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    p.add_argument("--tasks", type=int, default=200, help="of validation and of test, over all modes together")
+    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
+    p.add_argument("--cache-dir", default=".cache", help="decoded images")
+    p.add_argument("--out", help="a JSON file for what was found")
+    args = p.parse_args()
+    if args.tasks < 10:
+        fail(f"--tasks {args.tasks}: give a number from 10 on")
+    found = []
+    for folder in args.runs:
+        row = inspect(folder, args.tasks, args.data_root, args.cache_dir)
+        found.append(row)
+        flags = " ".join([f"--embed {row.get('embed', 'support')}", *(["--no-residual"] if row.get("no_residual") else [])])
+        print(f"{row['method']} {'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot {flags} "
+              f"seed {row['seed']}, after {row['iteration']} iterations")
+        for layer, x in row["M"].items():
+            print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
+        print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
+    if args.out:
+        atomic_write(Path(args.out), json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
