@@ -185,8 +185,9 @@ def class_means(features, members):
 
 
 def squared_distances(x, y):
-    """Of rows x (n, D) from rows y (N, D), Euclidean -> (n, N)."""
-    return (x[:, None] - y).square().sum(-1)
+    """Euclidean, of rows x (n, D) from rows y (N, D) -> (n, N): |x|^2 - 2 x.y + |y|^2, without an (n, N, D)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.square().sum(1, keepdim=True) - 2 * x @ y.T + y.square().sum(1)
 
 
 def encode_task(params, support_x):
