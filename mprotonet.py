@@ -185,7 +185,7 @@ def class_means(features, members):
 
 
 def squared_distances(x, y):
-    """Euclidean, of rows x (n, D) from rows y (N, D) -> (n, N): |x|^2 - 2 x.y + |y|^2, without an (n, N, D)."""
+    """Of rows x (n, D) from rows y (N, D) -> (n, N), as |x|^2 - 2 x.y + |y|^2: needs no (n, N, D)."""
     with torch.autocast(x.device.type, enabled=False):
         return x.square().sum(1, keepdim=True) - 2 * x @ y.T + y.square().sum(1)
 
