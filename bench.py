@@ -1,38 +1,53 @@
 """Speed, beside what it has to be compared with. A figure here is a ratio measured in one run, in alternation.
 
-    python bench.py --synthetic                      # nothing to download
-    python bench.py --modes omniglot miniimagenet --shots 5 --json bench.json
+    python bench.py loader --synthetic                      # nothing to download
+    python bench.py train --modes omniglot miniimagenet --shots 1 5 --json bench.json
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
           draw a task, open, decode and resize each of its images with Pillow, and convert it.
 
-Both are given their start-up for free (cache built, workers started, queues drained before each period). The rival gets
-the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
+          Both are given their start-up for free (cache built, workers started, queues drained before each period). The
+          rival gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
+
+train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
+            floor     what no implementation in these operations can go below: the same convolutions alone, forward and
+                      backward (for MAML's inner steps forward, backward and double backward), in the same precision, in
+                      the faster of PyTorch's two memory layouts
+            plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's own layout, all tasks'
+                      graphs kept until one backward at the end; from our sampler
+            decoding  the same, fed by the loader's rival: what the released repositories do
+          Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks.
 """
 import argparse
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import platform
+import re
+import resource
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 
 BATCH = 10          # tasks assembled together by our sampler: the papers' meta-batch
+SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}           # and the modulation measured
 
 
 class DecodingLoader(torch.utils.data.IterableDataset):
     """Endless tasks, every image decoded and resized again for every task. Runs inside worker processes."""
 
-    def __init__(self, sources, args):
-        self.sources, self.args = sources, args         # sources: per mode (name, list of classes of (archive, key))
+    def __init__(self, sources, args, shots):
+        self.sources, self.args, self.shots = sources, args, shots      # per mode (name, list of classes of (archive, key))
 
     def __iter__(self):
         args, worker = self.args, torch.utils.data.get_worker_info()
@@ -44,13 +59,13 @@ class DecodingLoader(torch.utils.data.IterableDataset):
             images = []
             for c in rng.choice(len(classes), args.ways, replace=False):
                 turn = rng.integers(4) if mode == "omniglot" else 0
-                for i in rng.choice(len(classes[c]), args.shots + args.queries, replace=False):
+                for i in rng.choice(len(classes[c]), self.shots + args.queries, replace=False):
                     source, key = classes[c][i]
                     pixels = np.rot90(data.decode(source.read(key), args.image_size, mode), turn)
                     images.append(np.broadcast_to(pixels, (args.image_size, args.image_size, 3)).transpose(2, 0, 1))
             x = torch.from_numpy(np.stack(images).astype(np.float32) / 255)
             x = x.view(args.ways, -1, 3, args.image_size, args.image_size)
-            yield x[:, :args.shots].flatten(0, 1), x[:, args.shots:].flatten(0, 1)
+            yield x[:, :self.shots].flatten(0, 1), x[:, self.shots:].flatten(0, 1)
 
 
 class Encoded:
@@ -102,12 +117,12 @@ def rate(draw, seconds):
     return tasks / elapsed
 
 
-def bench_loader(args):
+def bench_loader(args, shots):
     """-> {"sampler": [tasks/s of each round], "decoding loader": [...]}, rounds in alternation."""
     device = torch.device(args.device)
-    episodes = data.Episodes(args.modes, "train", args.ways, args.shots, args.queries, args.image_size, 0, device,
+    episodes = data.Episodes(args.modes, "train", args.ways, shots, args.queries, args.image_size, 0, device,
                              args.data_root, args.cache_dir, args.synthetic)
-    loader = torch.utils.data.DataLoader(DecodingLoader(rival_sources(args), args), batch_size=None,
+    loader = torch.utils.data.DataLoader(DecodingLoader(rival_sources(args), args, shots), batch_size=None,
                                          num_workers=args.workers, prefetch_factor=2)
     tasks, first = iter(loader), 0
 
@@ -137,37 +152,262 @@ def bench_loader(args):
     return samples
 
 
+# ------------------------------------------------------------------------------------------------------------ train
+def script_args(name, args, shots):
+    """A script as a module, and its arguments for the shapes that are measured."""
+    module = importlib.import_module(name)
+    words = ["--modulation", SCRIPTS[name], "--modes", *args.modes, "--ways", args.ways, "--shots", shots, "--queries",
+             args.queries, "--image-size", args.image_size, "--meta-batch", args.meta_batch, "--data-root", args.data_root,
+             "--cache-dir", args.cache_dir, "--device", args.device, "--precision", args.precision, "--out", "-"]
+    return module, module.get_args([str(word) for word in words] + ["--synthetic"] * args.synthetic)
+
+
+def prepare_step(name, args, shots):
+    """-> step(): one iteration as the script does it; sample(): its tasks alone; and what they are made of."""
+    module, options = script_args(name, args, shots)
+    params = {k: w.to(options.device).requires_grad_() for k, w in module.init_params(options).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=options.lr, fused=True)
+    episodes, first = data.Episodes.of(options, "train"), [0]
+
+    def sample():
+        first[0] += options.meta_batch
+        return episodes.tasks(first[0], options.meta_batch)
+
+    def step():
+        optimizer.zero_grad()
+        module.run_tasks(params, sample(), options, options.device != "cpu")
+        optimizer.step()
+    return step, sample, module, options, params
+
+
+def convolutions(module, options, params):
+    """The convolutions of one task as the network meets them -> [(how often, images, inner step?), ...]."""
+    support, query = options.ways * options.shots, options.ways * options.queries
+    inner = [(options.inner_steps, support, True)] if hasattr(options, "inner_steps") else [(1, support, False)]
+    return [*inner, (1, query, False), (1, support, False)]           # the last is the task encoder's
+
+
+def prepare_floor(module, options, params, layout):
+    """-> run(): the convolutions of one iteration, forward and backward, and nothing else."""
+    kernels = [params[f"conv{l}.weight"].detach().to(memory_format=layout).requires_grad_() for l in module.LAYERS]
+    biases = [params[f"conv{l}.bias"].detach().requires_grad_() for l in module.LAYERS]
+    bf16, layers = options.precision == "bf16", []
+    for times, images, inner in convolutions(module, options, params):
+        x = torch.rand(images, 3, options.image_size, options.image_size, device=options.device)
+        x = x.to(torch.bfloat16 if bf16 else x.dtype, memory_format=layout)
+        for l, (W, b) in enumerate(zip(kernels, biases)):
+            x = x.detach().requires_grad_(l > 0)
+            with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=bf16):
+                y = F.conv2d(x, W, b, stride=2, padding=1)
+            layers.append((times, inner, x, W, b, torch.rand_like(y).requires_grad_(inner)))
+            x = y
+
+    def run():
+        for _ in range(options.meta_batch):
+            for times, inner, x, W, b, gradient in layers:
+                for _ in range(times):
+                    with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=bf16):
+                        y = F.conv2d(x, W, b, stride=2, padding=1)
+                    leaves = [t for t in (x, W, b) if t.requires_grad]
+                    if not inner:
+                        torch.autograd.grad(y, leaves, gradient)
+                        continue
+                    first = torch.autograd.grad(y, leaves, gradient, create_graph=True)
+                    torch.autograd.grad((y, *first), (*leaves, gradient), (gradient.detach(), *(t.detach() for t in first)))
+    return run
+
+
+def plain_network(x, w, prefix=""):
+    for l in (1, 2, 3, 4):
+        x = F.conv2d(x, w[f"{prefix}conv{l}.weight"], w[f"{prefix}conv{l}.bias"], stride=2, padding=1)
+        x = F.batch_norm(x, None, None, w[f"{prefix}norm{l}.scale"], w[f"{prefix}norm{l}.shift"], training=True)
+        if f"{prefix}film{l}.scale" in w:
+            x = x * (1 + w[f"film{l}.scale"][:, None, None]) + w[f"film{l}.shift"][:, None, None]
+        x = F.relu(x)
+    return x
+
+
+def plain_loss(module, options, params, support_x, support_y, query_x, query_y):
+    """The scripts' task_loss as one would first write it, on PyTorch's own functions. For one task."""
+    v = plain_network(support_x, params, "encoder.").mean((2, 3))
+    v = F.relu(F.linear(v, params["encoder.linear.weight"], params["encoder.linear.bias"])).mean(0)
+    theta = module.group(params, "base")
+    fast = module.modulate(theta, module.modulation(params, v))
+    if not hasattr(options, "inner_steps"):
+        support, query = (plain_network(x, fast).flatten(1) for x in (support_x, query_x))
+        prototypes = torch.stack([support[support_y == n].mean(0) for n in range(options.ways)])
+        return F.cross_entropy(-torch.cdist(query, prototypes).square(), query_y)
+
+    def classify(x):
+        return F.linear(plain_network(x, fast).mean((2, 3)), fast["head.weight"], fast["head.bias"])
+    for _ in range(options.inner_steps):
+        loss = F.cross_entropy(classify(support_x), support_y)
+        gradients = torch.autograd.grad(loss, [fast[k] for k in theta], create_graph=True)
+        for k, g in zip(theta, gradients):
+            fast = fast | {k: fast[k] - options.inner_lr * g.clamp(-options.inner_clip, options.inner_clip)}
+    return F.cross_entropy(classify(query_x), query_y)
+
+
+def prepare_plain(module, options, draw):
+    """-> step(): one iteration of the plain implementation; draw() -> the next task's support and query images."""
+    params = {k: w.to(options.device).contiguous().requires_grad_() for k, w in module.init_params(options).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=options.lr)
+    support_y, query_y = (torch.arange(options.ways).repeat_interleave(n).to(options.device)
+                          for n in (options.shots, options.queries))
+
+    def step():
+        optimizer.zero_grad()
+        total = 0
+        for _ in range(options.meta_batch):
+            support_x, query_x = (x.to(options.device) for x in draw())
+            with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
+                total = total + plain_loss(module, options, params, support_x, support_y, query_x, query_y)
+        (total / options.meta_batch).backward()
+        optimizer.step()
+    return step
+
+
+def peak_memory(name, args, shots):
+    """Most memory that a training step needs, in MiB: what is allocated on a GPU; on a CPU, where this must be called in a
+    process of its own, how much its resident memory has grown beyond that before the step."""
+    step = prepare_step(name, args, shots)[0]
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    before = resident_peak()
+    step()
+    return resident_peak() - before
+
+
+def resident_peak():
+    """Of this process, in MiB. (getrusage's figure survives exec on Linux: a child would report its parent's.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # macOS: bytes
+
+
+def clock(function, device, times=1):
+    """Milliseconds of one call."""
+    def now():
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    start = now()
+    for _ in range(times):
+        function()
+    return 1000 * (now() - start) / times
+
+
+def bench_train(name, args, shots):
+    """One script at one shape -> {what: [milliseconds of each round]} in alternation, and memory and evaluation beside."""
+    step, sample, module, options, params = prepare_step(name, args, shots)
+    loader = torch.utils.data.DataLoader(DecodingLoader(rival_sources(args), args, shots), batch_size=None,
+                                         num_workers=args.workers, prefetch_factor=2)
+    tasks, queue = iter(loader), []
+
+    def ready():                                        # tasks of our sampler, one after another
+        if not queue:
+            batch = sample()
+            queue.extend(zip(batch.support_x, batch.query_x))
+        return queue.pop()
+    runs = {"ours": step, "sampler": sample,
+            "floor": prepare_floor(module, options, params, torch.channels_last),
+            "floor, PyTorch's own layout": prepare_floor(module, options, params, torch.contiguous_format),
+            "plain": prepare_plain(module, options, ready), "decoding": prepare_plain(module, options, lambda: next(tasks))}
+    samples = {what: [] for what in runs}
+    for number in range(args.rounds + 1):
+        for what, function in runs.items():
+            if what == "decoding":
+                function()                              # the queue that filled up for free does not count
+            took = clock(function, args.device, args.repeat)
+            if number:                                  # round 0 warms up
+                samples[what].append(took)
+    count = min(options.test_tasks, 20 * args.repeat)
+    test = data.Episodes.of(options, "test")
+    samples["evaluation of 1,000 tasks"] = [clock(lambda: module.evaluate(params, test, count, options), args.device)
+                                            * 1000 / count for _ in range(args.rounds)]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(peak_memory, (name, args, shots))
+    return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples, "peak_MiB": round(memory, 1)}
+
+
+def profile(name, args, shots):
+    step = prepare_step(name, args, shots)[0]
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as record:
+        step()
+    by = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
+    print(f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot\n"
+          + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
+
+
+def train_table(rows, args):
+    """What bench_train found -> Markdown."""
+    lines = [("| script | shots | ms an iteration | tasks/s | floor, ms | floor / ours | plain / ours | decoding / ours | sampler | "
+              "peak MiB | s for 1,000 test tasks |"), "|" + " --- |" * 11]
+    for row in rows:
+        middle = {what: statistics.median(values) for what, values in row["samples"].items()}
+        ours = row["samples"]["ours"]
+        floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
+        lines.append(f"| {row['script']}.py --modulation {row['modulation']} | {row['shots']} | {middle['ours']:.4g} ({min(ours):.4g} to "
+                     f"{max(ours):.4g}) | {1000 * args.meta_batch / middle['ours']:.3g} | {floor:.4g} | {floor / middle['ours']:.2f} | "
+                     f"{middle['plain'] / middle['ours']:.2f} | {middle['decoding'] / middle['ours']:.2f} | "
+                     f"{100 * middle['sampler'] / middle['ours']:.1f} % | {row['peak_MiB']:.0f} | "
+                     f"{middle['evaluation of 1,000 tasks'] / 1000:.3g} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", nargs="?", default="loader", choices=["loader"])
+    parser.add_argument("part", choices=["loader", "train"])
+    parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
     parser.add_argument("--ways", type=int, default=5)
-    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5])
     parser.add_argument("--queries", type=int, default=15)
     parser.add_argument("--image-size", type=int, default=84)
+    parser.add_argument("--meta-batch", type=int, default=BATCH)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the rival")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="length of one period")
+    parser.add_argument("--repeat", type=int, default=1, help="train: iterations in a round")
+    parser.add_argument("--seconds", type=float, default=3, help="loader: length of one period")
     parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"))
     parser.add_argument("--cache-dir", default=".cache")
     parser.add_argument("--synthetic", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="train: a table of PyTorch's profiler instead")
     parser.add_argument("--json", help="write every sample and the versions to this file")
     parser.error = data.fail
     args = parser.parse_args()
     args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
-    samples = bench_loader(args)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    print(f"loader: {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way {args.shots}-shot, "
-          f"{args.queries} queries, {args.image_size} px, on {args.device}, {args.workers} workers for the rival")
-    for name, values in samples.items():
-        print(f"  {name:18}{medians[name]:10.1f} tasks/s   (rounds {min(values):.1f} to {max(values):.1f})")
-    print(f"  {'ratio':18}{medians['sampler'] / medians['decoding loader']:10.1f}")
+    setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
+    record = {}
+    if args.part == "train" and args.profile:
+        for name in args.scripts:
+            for shots in args.shots:
+                profile(name, args, shots)
+        return
+    if args.part == "train":
+        record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
+        print(f"train: {setting}, {args.meta_batch} tasks an iteration, {args.precision}, on {args.device} with "
+              f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{train_table(record['train'], args)}")
+    for shots in args.shots if args.part == "loader" else ():
+        samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
+        medians = {name: statistics.median(values) for name, values in samples.items()}
+        print(f"loader: {setting}, {shots}-shot, on {args.device}, {args.workers} workers for the rival")
+        for name, values in samples.items():
+            print(f"  {name:18}{medians[name]:10.1f} tasks/s   (rounds {min(values):.1f} to {max(values):.1f})")
+        print(f"  {'ratio':18}{medians['sampler'] / medians['decoding loader']:10.1f}")
     if args.json:
+        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "pillow": Image.__version__,
-                    "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+                    "machine": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "json")}
-        data.atomic_write(Path(args.json), json.dumps({"loader": samples, "args": kept, "versions": versions}, indent=1))
+        data.atomic_write(Path(args.json), json.dumps(record | {"args": kept, "versions": versions}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """ProtoNet, MProtoNet and MProtoNet+KML: prototypes in place of MAML's inner loop, FiLM or kernel modulation.
 
-Papers: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, NeurIPS 2017. Abdollahzadeh,
-Malekzadeh, Cheung: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning (KML), NeurIPS
-2021, Sections 5 and 6.
+Papers: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, NeurIPS 2017. Abdollahzadeh and
+others: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning, NeurIPS 2021, Section 5, 6.
 
 The idea. A network f maps images to features. A class is the mean of its support images' features, its
 *prototype*, and a query image belongs to the class whose prototype is nearest. What gradient steps do in
@@ -80,8 +79,7 @@ def get_args(argv=None):
     p.add_argument("--embed", default="support", choices=("support", "query", "constant"),
                    help="v of the query pass is of the support images (P), of the query images (C), or, in "
                         "both passes, one learned vector, blind to the task: the control neither has")
-    p.add_argument("--transductive", action="store_true",
-                   help="move the prototypes by the queries' soft labels (P: no, C: yes)")
+    p.add_argument("--transductive", action="store_true", help="move prototypes by soft labels (P: no, C: yes)")
     p.add_argument("--official", action="store_true", help="as C: --no-residual --embed query --transductive")
     p.add_argument("--init-scale", type=float, default=1.0, help="of the initial base kernels (P, C: 1)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
@@ -384,7 +382,8 @@ def load(path, args):
 
 def train(params, args, checkpoint, stop):
     """Run the iterations that are missing, from the checkpoint on -> iterations done, seconds of training."""
-    done, before, window, optimizer = 0, 0.0, [], torch.optim.Adam(params.values(), lr=args.lr)
+    done, before, window = 0, 0.0, []
+    optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     if checkpoint:
         done, before, window = (checkpoint[k] for k in ("iteration", "seconds", "window"))
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -407,15 +406,16 @@ def train(params, args, checkpoint, stop):
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
             bar.update()
-            seconds = time.perf_counter() - begun
             if done - start == 20:
-                left = seconds / 20 * (args.iterations - done) / 60
+                window[-1].cpu()                            # wait for the device
+                left = (time.perf_counter() - begun) / 20 * (args.iterations - done) / 60
                 bar.write(f"about {left:.0f} min to the end" + "; try --quick?" * (left > 120), sys.stderr)
             if time.perf_counter() > deadline:
                 stop.append("--stop-after")
             ending = bool(stop) or done == args.iterations
             if done % args.log_every == 0 or done == args.iterations:
                 losses, accuracies = torch.stack([x.cpu() for x in window]).unbind(1)     # (iterations, T)
+                seconds = time.perf_counter() - begun       # the copy has waited for the device
                 mode = torch.arange((done - len(window)) * T, done * T).view(losses.shape) % M
                 shown = {args.modes[m]: accuracies[mode == m].mean().item() for m in mode.unique()}
                 norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
@@ -438,9 +438,9 @@ def train(params, args, checkpoint, stop):
             if done % args.save_every == 0 or ending:
                 weights = {k: w.detach().cpu() for k, w in params.items()}
                 atomic_write(out / "checkpoint.pt", {
-                    "identity": identity(args), "iteration": done, "seconds": before + seconds,
-                    "window": window, "params": weights, "optimizer": optimizer.state_dict()})
-    return done, before + seconds
+                    "identity": identity(args), "iteration": done, "optimizer": optimizer.state_dict(),
+                    "seconds": before + time.perf_counter() - begun, "window": window, "params": weights})
+    return done, before + time.perf_counter() - begun
 
 
 def report(result, args):

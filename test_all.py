@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import bench
 import data
 import kml
 import mmaml
@@ -324,6 +325,17 @@ def test_bf16_stays_close_to_fp32(module):
     assert all(w.dtype == torch.float32 for w in omega.values()), "1 + M has too few digits in bf16"
 
 
+@pytest.mark.parametrize("module, modulation", MODULATED)
+def test_the_benchmarks_plain_rival_computes_the_same(module, modulation):
+    args, params = make_params(module, modulation)
+    task = make_task()
+    loss = bench.plain_loss(module, args, params, task.support_x, task.support_y, task.query_x, task.query_y)
+    expected, _ = module.task_loss(params, task, args)
+    torch.testing.assert_close(loss, expected)
+    for one, two in zip(torch.autograd.grad(loss, list(params.values())), torch.autograd.grad(expected, list(params.values()))):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------- prototype networks
 
 def test_a_prototype_is_the_mean_of_its_class():
@@ -450,7 +462,7 @@ def episodes(cache, modes=("omniglot", "miniimagenet"), split="train", size=28, 
 def test_episodes_have_distinct_classes_and_images_and_balanced_modes(cache):
     e = episodes(cache, shots=5)
     for m, (classes, images) in enumerate((20, 40) for _ in e.modes):
-        c, i, turns = e.indices(m, 0, 3000)
+        c, i, turns, _ = e.indices(m, 0, 3000)
         assert all(len(set(row)) == 5 for row in c)
         assert all(len(set(row)) == 20 for row in i.reshape(-1, 20))
         assert set(c.ravel()) == set(range(64)), "every class can be drawn"
@@ -474,7 +486,8 @@ def test_tasks_show_the_images_that_were_drawn(cache):
     e = episodes(cache, shots=2, queries=3)
     batch = e.tasks(4, 2)
     for position, m in ((0, 0), (1, 1)):
-        classes, images, turns = (x[0] for x in e.indices(m, 2, 1))
+        classes, images, turns, rows = (x[0] for x in e.indices(m, 2, 1))
+        turned = torch.cat([torch.rot90(e.images[m], quarter, (1, 2)) for quarter in range(4 if m == 0 else 1)])     # as on a GPU
         for n in range(5):
             for j in range(5):
                 pixels = e.images[m][e.offsets[m][classes[n]] + images[n, j]].numpy()
@@ -483,6 +496,7 @@ def test_tasks_show_the_images_that_were_drawn(cache):
                 found = batch.support_x[position, 2 * n + j] if j < 2 else batch.query_x[position, 3 * n + j - 2]
                 want = np.broadcast_to(pixels.transpose(2, 0, 1), (3, 28, 28)) / 255
                 np.testing.assert_allclose(found.numpy(), want, atol=1e-6)
+                assert np.array_equal(turned[rows[n, j]], pixels)
 
 
 def test_a_task_does_not_depend_on_modes_size_or_number(cache):
@@ -501,7 +515,7 @@ def test_a_task_does_not_depend_on_modes_size_or_number(cache):
 
 def test_the_first_test_task_is_what_it_has_always_been(cache):
     """Indices are part of the protocol: any change to them would make old and new results incomparable."""
-    c, i, turns = episodes(cache, ["miniimagenet"], "test", seed=None).indices(0, 0, 1)
+    c, i, turns, _ = episodes(cache, ["miniimagenet"], "test", seed=None).indices(0, 0, 1)
     assert (c[0].tolist(), i[0, 0, :5].tolist(), turns[0].tolist()) == ([17, 19, 0, 13, 8], [34, 1, 2, 17, 21], [3, 1, 3, 2, 3])
 
 
@@ -1160,6 +1174,21 @@ def test_a_diverging_run_says_so(tmp_path, cache, monkeypatch, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
+def test_bench_says_what_it_measured(tmp_path, cache):
+    done = run("bench.py", "train", "--synthetic", "--scripts", "mprotonet", "--image-size", 16, "--shots", 1, 2, "--rounds", 2,
+               "--meta-batch", 2, "--cache-dir", cache, "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| mprotonet.py")]
+    assert len(rows) == 2
+    found = json.loads((tmp_path / "bench.json").read_text())
+    for row, line in zip(found["train"], rows):
+        assert all(len(values) == 2 and min(values) > 0 for values in row["samples"].values())
+        middle = {k: np.median(values) for k, values in row["samples"].items()}
+        floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
+        assert f"| {floor / middle['ours']:.2f} | {middle['plain'] / middle['ours']:.2f} |" in line
+
+
 def test_data_tool(tmp_path, cache):
     done = run("data.py", "list", "--data-root", tmp_path)
     assert done.returncode == 0
@@ -1475,7 +1504,8 @@ def test_readme_commands_run(tmp_path, cache):
         elif words[0] == "tables.py":
             words[1:] = [str(tmp_path), "--out", str(tmp_path)]
         elif words[0] == "bench.py":
-            words += ["--seconds", "0.1", "--image-size", "8", "--synthetic", "--cache-dir", cache]
+            words += ["--seconds", "0.1", "--image-size", "8", "--meta-batch", "1", "--rounds", "1", "--shots", "1", "--synthetic",
+                      "--cache-dir", cache]
         done = run(HERE / words[0], *words[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
