@@ -79,7 +79,7 @@ def get_args(argv=None):
     p.add_argument("--embed", default="support", choices=("support", "query", "constant"),
                    help="v of the query pass is of the support images (P), of the query images (C), or, in "
                         "both passes, one learned vector, blind to the task: the control neither has")
-    p.add_argument("--transductive", action="store_true", help="move prototypes by soft labels (P: no, C: yes)")
+    p.add_argument("--transductive", action="store_true", help="move prototypes by soft labels (P no, C yes)")
     p.add_argument("--official", action="store_true", help="as C: --no-residual --embed query --transductive")
     p.add_argument("--init-scale", type=float, default=1.0, help="of the initial base kernels (P, C: 1)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
