@@ -40,6 +40,7 @@ import kml
 import mmaml
 import mprotonet
 import tables
+import transference
 from data import Episodes, Task
 
 HERE = Path(__file__).parent
@@ -450,6 +451,112 @@ def test_initial_scale_changes_no_prediction_and_its_share_of_a_step():
     two[0].backward()
     torch.testing.assert_close(small["conv2.weight"], 0.5 * params["conv2.weight"])
     torch.testing.assert_close(small["conv2.weight"].grad, 2 * params["conv2.weight"].grad, rtol=0.1, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------ transference
+
+def make_state(modulation="kml", dtype=torch.float64):
+    args, params = make_params(mprotonet, modulation, "--device", "cpu", dtype=dtype)
+    params = {k: w.detach() for k, w in params.items()}
+    return transference.State("MProtoNet+KML", 5, 10, args, params, Path("run"))
+
+
+def test_transference_of_no_step_is_one_and_leaves_the_parameters_alone():
+    state = make_state()
+    before = {k: w.clone() for k, w in state.params.items()}
+    ratios, gains = transference.measure(state, make_task(tasks=3), make_task(seed=1, tasks=2), 0.0, "all")
+    assert ratios.shape == gains.shape == (3, 2)
+    assert (ratios == 1).all()
+    assert (gains == 0).all()
+    transference.measure(state, make_task(tasks=3), make_task(seed=1, tasks=2), 0.1, "all")
+    assert all(torch.equal(w, before[k]) for k, w in state.params.items())
+
+
+@pytest.mark.parametrize("update", ["all", "base"])
+@pytest.mark.parametrize("device", ["cpu", "vmap"])
+def test_loss_ratio_agrees_with_a_computation_step_by_step(update, device):
+    """Algorithm 1 for each pair, by torch.autograd, in float64; the loop, and vmap as on a GPU."""
+    state = make_state()
+    sources, targets = make_task(tasks=3), make_task(seed=1, tasks=2)
+    state.options.device = device
+    ratios, gains = transference.measure(state, sources, targets, 1e-3, update)
+    for i, source in enumerate(transference.single(sources)):
+        params = {k: w.clone().requires_grad_(update == "all" or not k.startswith(("encoder", "generator")))
+                  for k, w in state.params.items()}
+        mprotonet.task_loss(params, source, state.options)[0].backward()
+        stepped = {k: w.detach() - 1e-3 * (w.grad if w.grad is not None else 0) for k, w in params.items()}
+        for j, target in enumerate(transference.single(targets)):
+            (before, old, *_), (after, new, *_) = (mprotonet.task_loss(p, target, state.options) for p in (state.params, stepped))
+            assert math.isclose(ratios[i, j], after / before, rel_tol=1e-9)
+            change = 100 * ((new.argmax(1) == target.query_y).double().mean() - (old.argmax(1) == target.query_y).double().mean())
+            assert math.isclose(gains[i, j], change, abs_tol=1e-9)
+
+
+def test_self_transference_and_the_step_that_is_chosen():
+    state, batch = make_state(), make_task(tasks=4)
+    small = transference.self_transference(state, batch, [1e-6], "all")
+    assert (small < 1).all(), "a small step lowers the loss it is made for"
+    alpha = transference.choose_alpha(state, batch, "all")
+    assert math.isclose(np.median(transference.self_transference(state, batch, [alpha], "all")), 0.95, abs_tol=0.01)
+
+
+def test_labels_of_the_target_do_not_reach_the_source_step():
+    state, source, target = make_state(), make_task(tasks=1), make_task(seed=1, tasks=1)
+    seen, original = [], transference.sgd_step
+    swapped = target._replace(query_y=target.query_y.flip(1), support_y=target.support_y.flip(1))
+    try:
+        transference.sgd_step = lambda *args: seen.append(original(*args)) or seen[-1]
+        for batch in (target, swapped):
+            transference.measure(state, source, batch, 1e-2, "all")
+    finally:
+        transference.sgd_step = original
+    assert all(torch.equal(w, seen[1][k]) for k, w in seen[0].items())
+
+
+def test_shares_of_transfer_on_hand_made_numbers():
+    ratios, gains = np.array([[0.9, 1.2], [1.001, 0.999], [1.1, 0.7], [0.95, 1.0]]), None
+    gains = -20 * (ratios - 1)                          # a slope of -20 points: neutral is |LR - 1| < 0.0025
+    band, slope = transference.neutral_band(ratios, gains)
+    assert math.isclose(slope, -20)
+    assert math.isclose(band, 0.0025)
+    assert transference.shares(ratios, band).tolist() == [[50, 25], [25, 25], [25, 50]]
+    numbers = transference.describe(np.random.default_rng(0).normal(1, 0.1, (50, 8)), np.random.default_rng(1).normal(0, 1, (50, 8)))
+    assert math.isclose(sum(numbers[k][0] for k in ("positive", "negative", "neutral")), 100)
+    assert np.allclose(np.sum(numbers["per_target"], 0), 100, atol=0.02)
+    mean, low, high = transference.bootstrap(np.random.default_rng(0).normal(40, 10, 400))
+    assert math.isclose(high - low, 2 * 1.96 * 10 / 20, rel_tol=0.15)
+    assert low < mean < high
+    assert transference.neutral_band(ratios, np.zeros_like(ratios))[0] == math.inf
+
+
+def test_transference_from_end_to_end(tmp_path, cache, monkeypatch):
+    call(mprotonet, monkeypatch, *TINY, "--modes", "miniimagenet", "fc100", "--keep-every", 3, "--cache-dir", cache, "--out", tmp_path / "run")
+    call(kml, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path / "kml")
+    words = ["--source-tasks", 4, "--target-tasks", 3, "--cache-dir", cache, "--alpha", 1e-3]
+    done = run("transference.py", "--checkpoint", tmp_path / "run", *words, "--sweep", "--matrix", "--along", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stdout
+    found = json.loads((tmp_path / "out" / "transference.json").read_text())
+    assert [row["moment"] for row in found["found"]] == ["half", "final"]
+    row = found["found"][0]
+    assert np.array(row["LR"]).shape == (4, 3)
+    assert f"| {row['state']} | 0.001 | {transference.cell(row['all']['positive'])} |" in done.stdout
+    assert set(row["matrix"]["cells"]) == set(row["matrix"]["cells"]["fc100"]) == {"miniimagenet", "fc100"}
+    assert [x["iteration"] for x in found["along"]["MProtoNet+KML"]] == [3, 6]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"transference-{x}.png" for x in ("histogram", "tasks", "training")}
+    done = run("transference.py", "--checkpoint", tmp_path / "run", "--export", tmp_path / "half")
+    files = sorted((tmp_path / "half").iterdir())
+    assert len(files) == 2
+    done = run("transference.py", "--checkpoint", *files, *words, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "transference.json").read_text())
+    assert [r["state"] for r in again["found"]] == [r["state"] for r in found["found"]]
+    np.testing.assert_allclose(again["found"][0]["LR"], row["LR"], atol=2e-2)        # half precision
+    for bad, said in ((["--checkpoint", tmp_path / "none"], "there is no"), (["--checkpoint", tmp_path / "kml"], "run of MMAML+KML"),
+                      (["--checkpoint", tmp_path / "run", "--at", "5"], "--keep-every 1"), (["--checkpoint", tmp_path / "run", "--alpha", "x"], "--alpha"),
+                      (["--checkpoint", tmp_path / "run", "--source-tasks", "1"], "--source-tasks")):
+        done = run("transference.py", *bad, "--cache-dir", cache)
+        assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- episodes
@@ -1495,7 +1602,10 @@ def test_readme_commands_run(tmp_path, cache):
             continue
         words = shlex.split(re.split(r"\bpython3? +(?=\w+\.py)", command)[1])
         if words[0] in ("kml.py", "mmaml.py", "mprotonet.py"):
-            words += [*TINY, "--test-tasks", "10", "--cache-dir", cache, "--out", str(tmp_path / str(number))]
+            words += [*TINY, "--test-tasks", "10", "--cache-dir", cache]
+            words += ["--keep-every", "3"] if "--out" in words else ["--out", str(tmp_path / str(number))]
+        elif words[0] == "transference.py":                # of the example run, made just before
+            words += ["--source-tasks", "2", "--target-tasks", "2", "--alpha", "0.001", "--cache-dir", cache]
         elif words[0] == "data.py":
             words += ["--synthetic", "--image-size", "28", "--cache-dir", cache]
         elif words[0] == "inspect_modulation.py":
