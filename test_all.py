@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import math
@@ -1590,8 +1591,10 @@ def readme_commands():
     return [line for line in lines if re.search(r"\bpython3? +\w+\.py|^bash ", line)]
 
 
-def test_readme_commands_run(tmp_path, cache):
-    """As they stand, with a tiny budget appended; those on real images without their download."""
+def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
+    """As they stand, with a tiny budget appended; those on real images without their download. In this process, which saves
+    two seconds a command."""
+    monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert any("kml.py" in c for c in commands)
     assert any("mmaml.py" in c for c in commands)
@@ -1616,8 +1619,10 @@ def test_readme_commands_run(tmp_path, cache):
         elif words[0] == "bench.py":
             words += ["--seconds", "0.1", "--image-size", "8", "--meta-batch", "1", "--rounds", "1", "--shots", "1", "--synthetic",
                       "--cache-dir", cache]
-        done = run(HERE / words[0], *words[1:], cwd=tmp_path)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        try:
+            call(importlib.import_module(words[0].removesuffix(".py")), monkeypatch, *words[1:])
+        except SystemExit as stop:
+            assert not stop.code, f"{command}: {capsys.readouterr().err}"
 
 
 def test_readme_defaults_are_the_defaults():
