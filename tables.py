@@ -307,6 +307,9 @@ def main():
                    for run in runs.values() if label(run).startswith("Multi-") and label(run) == run["method"]}
         for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
             runs = list(group[modes].values())
+            if all(run is singles.get((run["method"], modes[0])) for run in runs) and any(
+                    len(other) > 1 and modes[0] in other for other in group):
+                continue                                # stands as a part of Multi-X in the tables of several modes
             parts.append(block(runs, singles))
             seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
             if importlib.util.find_spec("matplotlib"):
