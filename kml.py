@@ -49,7 +49,7 @@ PARTS = ("base", "encoder", "generator")            # of the parameters
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
-PAPER = {   # KML paper, Table 1: overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
+TABLE, PAPER = "KML's Table 1", {    # overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
     "MAML": {"FM": (40.53, 54.11), "MO": (65.18, 74.18), "FMO": (54.40, 66.51), "ACFMO": (47.19, 58.13)},
     "MMAML": {"FM": (39.11, 52.02), "MO": (67.67, 73.52), "FMO": (57.35, 64.21), "ACFMO": (49.53, 58.89)},
     "MMAML+KML": {"FM": (40.73, 53.72), "MO": (68.01, 77.02), "FMO": (57.68, 67.12), "ACFMO": (50.31, 60.51)}}
@@ -101,10 +101,11 @@ def get_args(argv=None):
         p.set_defaults(**QUICK)
     args = p.parse_args(argv)
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
-    args.title = f"{METHODS[args.modulation]} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    args.method = METHODS[args.modulation]
+    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default
         words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
-        args.out = os.path.join("runs", "-".join([METHODS[args.modulation], *args.modes, *words]).lower())
+        args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -162,9 +163,7 @@ def forward(params, x, stats=None):
 
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
-
-    A mean over images has no order, but sums in floating point have one: so the images are sorted first.
-    """
+    A mean over images has no order, but sums in floating point have one: so the images are sorted first."""
     x, encoder = support_x[support_x.sum((1, 2, 3)).argsort()], group(params, "encoder")
     for l in LAYERS:
         x = F.relu(conv_norm(encoder, l, x)[0])
@@ -314,7 +313,7 @@ def identity(args):
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
              "official", "title")
-    return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
+    return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
 def load(path, args):
@@ -400,7 +399,7 @@ def report(result, args):
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
-          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + "KML's Table 1" * bool(paper))
+          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + TABLE * bool(paper))
     for name, row in result["accuracy"].items():
         both = row, (result["accuracy_inductive"] or {}).get(name)
         cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" if x else "-" for x in both]
@@ -431,7 +430,7 @@ def main():
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
         result = {
-            "method": METHODS[args.modulation], "modes": args.modes, "ways": args.ways, "shots": args.shots,
+            "method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
             "tasks_sha256": tasks, "data": test.folders, "accuracy": summary(rows[0], args.modes),
             "accuracy_inductive": summary(rows[1], args.modes) if rows[1:] else None, "iterations": done,

@@ -51,7 +51,7 @@ PARTS = ("base", "encoder", "generator")            # of the parameters
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
-PAPER = {   # KML paper, Table 1: overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
+TABLE, PAPER = "KML's Table 1", {    # overall accuracy in %, 5 ways, (1-shot, 5-shot); modes by first letters
     "ProtoNet": {"FM": (43.05, 57.70), "MO": (69.55, 75.12), "FMO": (58.14, 66.84), "ACFMO": (49.31, 58.91)},
     "MProtoNet": {"FM": (43.57, 56.03), "MO": (70.60, 75.72), "FMO": (59.62, 67.51), "ACFMO": (51.75, 59.95)},
     "MProtoNet+KML": {"FM": (44.40, 59.31), "MO": (73.69, 79.82), "FMO": (62.08, 70.03),
@@ -115,10 +115,11 @@ def get_args(argv=None):
             fail(f"--{flag.replace('_', '-')} (also set by --official) means nothing with --modulation "
                  f"{args.modulation}: give --modulation {' or '.join(of)}")
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
-    args.title = f"{METHODS[args.modulation]} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    args.method = METHODS[args.modulation]
+    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default
         words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
-        args.out = os.path.join("runs", "-".join([METHODS[args.modulation], *args.modes, *words]).lower())
+        args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -190,7 +191,6 @@ def squared_distances(x, y):
 
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
-
     A mean over images has no order, but sums in floating point have one: so the images are sorted first.
     With --embed constant v is a parameter, the same for all tasks: what modulation gains then is not
     knowledge of the task, but another parametrisation of the same weights.
@@ -364,7 +364,7 @@ def identity(args):
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
              "official", "title")
-    return {"method": METHODS[args.modulation]} | {k: v for k, v in vars(args).items() if k not in other}
+    return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
 def load(path, args):
@@ -450,7 +450,7 @@ def report(result, args):
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
-          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + "KML's Table 1" * bool(paper))
+          f"{'accuracy in %':16}{'paper protocol':18}{'inductive':18}" + TABLE * bool(paper))
     for name, row in result["accuracy"].items():
         both = row, (result["accuracy_inductive"] or {}).get(name)
         cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" if x else "-" for x in both]
@@ -481,7 +481,7 @@ def main():
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
         result = {
-            "method": METHODS[args.modulation], "modes": args.modes, "ways": args.ways, "shots": args.shots,
+            "method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
             "tasks_sha256": tasks, "data": test.folders, "accuracy": summary(rows[0], args.modes),
             "accuracy_inductive": summary(rows[1], args.modes) if rows[1:] else None, "iterations": done,
