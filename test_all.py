@@ -39,6 +39,7 @@ import bench
 import data
 import kml
 import mmaml
+import modgrad
 import mprotonet
 import tables
 import transference
@@ -452,6 +453,159 @@ def test_initial_scale_changes_no_prediction_and_its_share_of_a_step():
     two[0].backward()
     torch.testing.assert_close(small["conv2.weight"], 0.5 * params["conv2.weight"])
     torch.testing.assert_close(small["conv2.weight"].grad, 2 * params["conv2.weight"].grad, rtol=0.1, atol=1e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------- ModGrad
+
+def make_modgrad(algorithm, *words, dtype=torch.float64):
+    args = get_args(modgrad, "--algorithm", algorithm, "--channels", 4, "--ways", 3, "--image-size", 16, "--device", "cpu", "--context", 6, *words)
+    return args, {k: w.to(dtype).requires_grad_() for k, w in modgrad.init_params(args).items()}
+
+
+def test_modgrad_parameter_counts():
+    """FACTS 5, the paper's shapes; and those of the deep networks, known from their papers' implementations."""
+    count = lambda parts: sum(w.numel() for w in parts.values())
+    params = modgrad.init_params(get_args(modgrad))
+    assert count(modgrad.group(params, "base")) == 121093
+    assert count(modgrad.group(params, "generator")) == 1056926
+    assert {k.rsplit(".", 3)[0] for k in modgrad.group(params, "generator")} == {"conv3", "conv4"}
+    for backbone, size, without_head in (("resnet34", 64, 21284672), ("wrn28-10", 32, 36472784)):
+        args = get_args(modgrad, "--backbone", backbone, "--image-size", size, "--algorithm", "maml", "--adapt", "last two")
+        params = modgrad.init_params(args)
+        assert sum(w.numel() for k, w in params.items() if not k.startswith("head")) == without_head
+        assert args.adapt == {"resnet34": ["stage4.block3.conv1", "stage4.block3.conv2"], "wrn28-10": ["stage3.block4.conv1", "stage3.block4.conv2"]}[backbone]
+        with torch.no_grad():
+            assert modgrad.run_blocks(params, torch.rand(2, 3, size, size), modgrad.Norm(), args).shape == (2, 5)
+
+
+def test_modulation_of_the_gradient_by_hand():
+    """Eq. 6 to 8: with u = 1 the softmax is 1 and M is one outer product; with u = 2 a mixture of columns."""
+    for rank in (1, 2):
+        _, params = make_modgrad("modgrad", "--rank", rank)
+        v = torch.rand(6).double()
+
+        def column(name, params=params, v=v, rank=rank):
+            hidden = (params[f"{name}.1.weight"] @ v + params[f"{name}.1.bias"]).clamp(min=0)
+            out = params[f"{name}.2.weight"] @ hidden + params[f"{name}.2.bias"]
+            a, h = out[:rank].exp() / out[:rank].exp().sum(), out[rank:].reshape(-1, rank)
+            return sum(a[i] * h[:, i] for i in range(rank))
+        rows, cols, bias = (column(f"generator.conv3.{part}") for part in ("rows", "cols", "bias"))
+        M = modgrad.modulation(params, v, {k: params[k] for k in ("conv3.weight", "conv3.bias")})
+        expected = torch.stack([r * cols for r in rows]).clamp(min=0)
+        torch.testing.assert_close(M["conv3.weight"].reshape(12, 12), expected)
+        torch.testing.assert_close(M["conv3.bias"], bias.clamp(min=0))
+
+
+def test_the_rivals_are_maml_where_they_should_be():
+    """M = 1 is MAML on the same layers; so are Meta-SGD with equal rates, on all, and T-Net with identity transforms."""
+    task = make_task()
+    for steps in (1, 2):
+        words = ["--steps", steps, "--alpha", 0.1]
+        args, params = make_modgrad("maml", *words, "--adapt", "conv3", "conv4")
+        ours, cells = make_modgrad("modgrad", *words)
+        for k, w in cells.items():
+            if k.startswith("generator."):
+                w.data.fill_(1.0 if k.endswith("2.bias") else 0.0)
+        expected, found = (modgrad.task_loss(p, task, a, evaluate=True) for a, p in ((args, params), (ours, cells)))
+        for one, two in zip(expected, found):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+        args, params = make_modgrad("maml", *words)
+        expected = modgrad.task_loss(params, task, args)
+        for rival in ("metasgd", "tnet"):
+            args, params = make_modgrad(rival, *words)
+            torch.testing.assert_close(modgrad.task_loss(params, task, args), expected, rtol=1e-6, atol=1e-8)     # rates are float32
+
+
+def test_context_is_the_gradient_of_the_loss_after_a_trial_step(monkeypatch):
+    """Eq. 9, against central differences in float64."""
+    args, params = make_modgrad("modgrad")
+    task, seen, original = make_task(), [], modgrad.modulation
+    monkeypatch.setattr(modgrad, "modulation", lambda params, v, like: seen.append(v) or original(params, v, like))
+    modgrad.task_loss(params, task, args)
+    v = seen[-1].detach()                               # the context of the step that is taken
+    fast = {k: params[k].detach() for k in modgrad.adapted_keys(args, params)}
+
+    def loss(fast):
+        logits = modgrad.run_blocks(params | fast, modgrad.normalise(task.support_x), modgrad.Norm(), args)
+        return F.cross_entropy(logits, task.support_y)
+    gradient = torch.func.grad(loss)(fast)
+
+    def after(v):
+        M = original(params, v, fast)
+        return loss({k: fast[k] - args.alpha * M[k] * gradient[k] for k in fast}).item()
+    for i in range(6):
+        e = 1e-6 * torch.eye(6).double()[i]
+        assert math.isclose(v[i], -(after(e) - after(-e)) / 2e-6, rel_tol=1e-4, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", modgrad.METHODS)
+@pytest.mark.parametrize("vectorise", [False, True], ids=["loop", "vmap"])
+def test_meta_gradients_of_modgrad_and_its_rivals(algorithm, vectorise):
+    args, params = make_modgrad(algorithm, "--steps", 2, "--alpha", 0.1)
+    batch, rng = make_task(seed=3, tasks=2), torch.Generator().manual_seed(3)
+    modgrad.run_tasks(params, batch, args, vectorise)
+    for part in ("base", "generator"):
+        direction = {k: torch.randn(w.shape, generator=rng).double() for k, w in params.items()
+                     if k.startswith("generator.") == (part == "generator")}
+        if not direction:
+            continue
+
+        def loss(step, direction=direction):
+            moved = {k: w.detach() + step * direction.get(k, 0) for k, w in params.items()}
+            return np.mean([modgrad.task_loss(moved, Task(*(x[i] for x in batch)), args)[0].item() for i in range(2)])
+        expected = (loss(1e-7) - loss(-1e-7)) / 2e-7
+        found = sum((params[k].grad * d).sum().item() for k, d in direction.items() if params[k].grad is not None)
+        assert math.isclose(found, expected, rel_tol=1e-4, abs_tol=1e-7), part
+
+
+def test_only_what_is_named_moves(monkeypatch):
+    task, seen, original = make_task(), [], modgrad.run_blocks
+    monkeypatch.setattr(modgrad, "run_blocks", lambda params, *rest: seen.append(params) or original(params, *rest))
+    for words, moves in ((["modgrad"], {"conv3", "conv4"}), (["modgrad", "--adapt", "conv2", "head"], {"conv2", "head"}),
+                         (["maml", "--adapt", "head"], {"head"}), (["cavia"], set()),
+                         (["maml"], {f"{x}{l}" for x in ("conv", "norm") for l in (1, 2, 3, 4)} | {"head"})):
+        args, params = make_modgrad(*words)
+        modgrad.task_loss(params, task, args)
+        moved = {k for k in modgrad.group(params, "base") if not torch.equal(seen[-1][k], params[k])}
+        assert moved <= {f"{layer}.{part}" for layer in moves for part in ("weight", "bias", "scale", "shift")}
+        assert {k.split(".")[0] for k in moved} == moves
+        assert all(torch.equal(seen[-1][k], w) for k, w in params.items() if k.startswith("generator."))
+
+
+@pytest.mark.parametrize("algorithm", modgrad.METHODS)
+def test_noise_of_level_zero_changes_nothing_and_other_noise_does(algorithm):
+    args, params = make_modgrad(algorithm)
+    task = make_task()
+    like = {"context": torch.zeros(6).double()} if algorithm == "cavia" else {k: params[k] for k in modgrad.adapted_keys(args, params)}
+    none = modgrad.task_loss(params, task, args)[1]
+    assert torch.equal(none, modgrad.task_loss(params, task, args, noise={k: torch.zeros_like(w) for k, w in like.items()})[1])
+    assert not torch.allclose(none, modgrad.task_loss(params, task, args, noise={k: torch.ones_like(w) for k, w in like.items()})[1])
+
+
+@pytest.mark.parametrize("algorithm", modgrad.METHODS)
+def test_modgrad_inductive_predictions_do_not_know_the_other_queries(algorithm):
+    args, params = make_modgrad(algorithm)
+    task, keep = make_task(), torch.tensor([0, 4])
+    _, paper, inductive = modgrad.task_loss(params, task, args, evaluate=True)
+    _, p, i = modgrad.task_loss(params, task._replace(query_x=task.query_x[keep], query_y=task.query_y[keep]), args, evaluate=True)
+    torch.testing.assert_close(i, inductive[keep], rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(p, paper[keep], rtol=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["modgrad", "cavia"])
+def test_a_modgrad_run_from_start_to_end_and_its_continuation(algorithm, tmp_path, cache, monkeypatch, capsys):
+    words = [*TINY, "--image-size", 16, "--algorithm", algorithm, "--context", 5, "--cache-dir", cache, "--modes", "miniimagenet"]
+    call(modgrad, monkeypatch, *words, "--out", tmp_path / "whole")
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["method"] == modgrad.METHODS[algorithm]
+    assert result["parameters"]["generator"] > 0
+    call(modgrad, monkeypatch, *words, "--out", tmp_path / "part", "--iterations", 3)
+    call(modgrad, monkeypatch, *words, "--out", tmp_path / "part")
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["params"] for name in ("whole", "part"))
+    assert all(torch.equal(w, two[k]) for k, w in one.items())
+    for bad, said in (("--adapt conv9", "choose from all"), ("--adapt all", "a cell is for kernels"), ("--image-size 8", "--image-size 8")):
+        fails(capsys, functools.partial(modgrad.get_args, bad.split()), said)
+    fails(capsys, lambda: modgrad.get_args(["--algorithm", "cavia", "--backbone", "resnet34"]), "choose conv4")
 
 
 # ------------------------------------------------------------------------------------------------------ transference
@@ -1344,7 +1498,7 @@ def test_the_diff_shows_one_idea():
         lines = (HERE / script).read_text().split("\n")
         assert len(lines) <= 451
         assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
-    tail = {(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py", "mprotonet.py")}
+    tail = {(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py", "mprotonet.py", "modgrad.py")}
     assert len(tail) == 1
     lines = (HERE / "mprotonet.py").read_text().split("\n")
     assert len(lines) <= 501
@@ -1604,8 +1758,8 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
             assert "--out runs" in done.stdout, command
             continue
         words = shlex.split(re.split(r"\bpython3? +(?=\w+\.py)", command)[1])
-        if words[0] in ("kml.py", "mmaml.py", "mprotonet.py"):
-            words += [*TINY, "--test-tasks", "10", "--cache-dir", cache]
+        if words[0] in ("kml.py", "mmaml.py", "mprotonet.py", "modgrad.py"):
+            words += [*TINY, "--image-size", "16", "--test-tasks", "10", "--cache-dir", cache]
             words += ["--keep-every", "3"] if "--out" in words else ["--out", str(tmp_path / str(number))]
         elif words[0] == "transference.py":                # of the example run, made just before
             words += ["--source-tasks", "2", "--target-tasks", "2", "--alpha", "0.001", "--cache-dir", cache]
