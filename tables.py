@@ -156,10 +156,10 @@ def show(value, sign=""):
     return "-" if value is None else f"{value[0]:{sign}.2f} ± {value[1]:.2f}"
 
 
-def label(run):
+def label(run, seed=True):
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in run["options"].items()]
     return ", ".join([run["method"], *([f"`{' '.join(flags)}`"] if flags else []),
-                      *([f"seed {run['seed']}"] if run["seed"] else [])])
+                      *([f"seed {run['seed']}"] if run["seed"] and seed else [])])
 
 
 def table(rows, columns):
@@ -189,6 +189,26 @@ def pairs(runs, methods):
     return [(a, b) for a, b in found if a and b and a is not b and a["scores"] and b["scores"]]
 
 
+def by_seed(rows, reference, modes):
+    """Where a configuration was trained from several seeds: a line for each, a column a seed -> Markdown, or ""."""
+    seeds = sorted({run["seed"] for run in rows if run["scores"]})
+    runs = {(label(run, seed=False), run["seed"]): run for run in rows if run["scores"]}
+    if len(seeds) < 2:
+        return ""
+
+    def cells(protocol, minus):
+        def cell(name):
+            of = [(runs.get((name, seed)), runs.get((reference, seed))) for seed in seeds]
+            return ", ".join(show(difference(run, base, protocol, modes), "+") if run and base and minus and run is not base else
+                             show(score(run, protocol, modes)) if run and not minus else "-" for run, base in of)
+        return cell
+    at = f"seeds {' and '.join(map(str, seeds))}"
+    return table(dict.fromkeys(name for name, _ in runs), {
+        "configuration": lambda name: name, f"overall, paper protocol, {at}": cells("paper", False),
+        f"minus {reference} of the same seed": cells("paper", True), f"overall, inductive, {at}": cells("inductive", False),
+        f"minus {reference}, inductive": cells("inductive", True)})
+
+
 def block(runs, singles):
     """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences.
 
@@ -204,7 +224,7 @@ def block(runs, singles):
     if several:
         order = {m: order.get(m) or absent(m) for m in methods} | {methods[1]: joined(methods[1], modes, singles)}
     rest = [run for run in runs if run not in order.values()]
-    rows = [*order.values(), *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run)))]
+    rows = [*order.values(), *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run, seed=False), run["seed"]))]
 
     def published(where):
         return lambda run: show(where[run["method"]][shots == 5] if where and not run["options"] else None)
@@ -235,7 +255,8 @@ def block(runs, singles):
              "accuracy in %, 95 % interval over tasks."]
     compared = pairs(rows, methods)
     return (f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
-            + (f"\n{table(compared, differences)}" if compared else ""))
+            + "".join(f"\n{more}" for more in (table(compared, differences) if compared else "", by_seed(rows, methods[0], modes))
+                      if more))
 
 
 def setting_name(modes):

@@ -1612,6 +1612,23 @@ def test_tables_mark_what_is_not_the_papers(tmp_path):
     assert (done.returncode, "run_all.sh" in done.stderr) == (2, True)
 
 
+def test_tables_of_several_seeds(tmp_path):
+    both = ["omniglot", "miniimagenet"]
+    for seed, gain in ((0, 1), (1, 3)):
+        make_result(tmp_path / f"p{seed}", "ProtoNet", both, [90, 40, 92, 44], [88, 40, 92, 40], shots=5, seed=seed)
+        make_result(tmp_path / f"k{seed}", "MProtoNet+KML", both, [90 + gain, 40, 92, 44 + gain], [88, 40, 92, 40], shots=5, seed=seed,
+                    embed="constant")
+    make_result(tmp_path / "s", "ProtoNet", both, [90, 40, 92, 46], [88, 40, 92, 40], shots=5, seed=1, lr=0.004)
+    text = run("tables.py", tmp_path, "--out", tmp_path).stdout
+    assert """\
+| configuration | overall, paper protocol, seeds 0 and 1 | minus ProtoNet of the same seed | overall, inductive, seeds 0 and 1 | minus ProtoNet, inductive |
+| --- | --- | --- | --- | --- |
+| ProtoNet | 66.50 ± 2.19, 66.50 ± 2.19 | -, - | 65.00 ± 1.96, 65.00 ± 1.96 | -, - |
+| ProtoNet, `--lr 0.004` | -, 67.00 ± 3.10 | -, +0.50 ± 0.98 | -, 65.00 ± 1.96 | -, +0.00 ± 0.00 |
+| MProtoNet+KML, `--embed constant` | 67.00 ± 2.50, 68.00 ± 3.46 | +0.50 ± 0.69, +1.50 ± 2.08 | 65.00 ± 1.96, 65.00 ± 1.96 | +0.00 ± 0.00, +0.00 ± 0.00 |
+""" in text
+
+
 def test_tables_know_the_scripts():
     """The paper's numbers, and which options are the paper's, are the same in scripts and tables."""
     for module in (kml, mmaml, mprotonet):
