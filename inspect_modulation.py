@@ -10,7 +10,8 @@ prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
     mode     root mean square of the modes' mean M without that mean: the part that depends on the mode alone.
 
 and of v: how many test tasks lie nearest to the mean v of their own mode, the means being of validation tasks. A mode's
-share of all tasks is what guessing gives.
+share of all tasks is what guessing gives. Last, what the network does with v: its accuracy (paper's protocol) when each test
+task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode.
 """
 import argparse
 import importlib
@@ -18,9 +19,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data import Episodes, atomic_write, fail
+from data import Episodes, Task, atomic_write, fail
 
 SCRIPTS = {"MMAML+KML": "kml", "MProtoNet+KML": "mprotonet"}
 
@@ -50,6 +52,21 @@ def embed_and_modulate(module, params, episodes, count):
     return torch.stack(v), {k: torch.stack(x) for k, x in M.items()}, torch.tensor(modes)
 
 
+def accuracies(module, args, params, episodes, vs):
+    """Of test task j under v = vs[what][j] in place of its own -> {what: array (count,)}, in %."""
+    encode, found = module.encode_task, {what: [] for what in vs}
+    try:
+        for j in range(len(next(iter(vs.values())))):
+            task = Task(*(x[0] for x in episodes.tasks(j, 1)))
+            for what, v in vs.items():
+                module.encode_task = lambda *_, v=v[j]: v
+                logits = module.task_loss(params, task, args)[1]
+                found[what].append(100 * (logits.argmax(-1) == task.query_y).double().mean().item())
+    finally:
+        module.encode_task = encode
+    return found
+
+
 def rms(x):
     return x.square().mean().sqrt().item()
 
@@ -61,16 +78,20 @@ def inspect(folder, count, data_root, cache_dir):
     args.data_root, args.cache_dir, args.device = data_root, cache_dir, "cpu"
     modes = range(len(args.modes))
     v_val, _, mode_val = embed_and_modulate(module, params, Episodes.of(args, "val"), count)
-    v, M, mode = embed_and_modulate(module, params, Episodes.of(args, "test"), count)
+    test = Episodes.of(args, "test")
+    v, M, mode = embed_and_modulate(module, params, test, count)
     centres = torch.stack([v_val[mode_val == m].mean(0) for m in modes])
     nearest = torch.cdist(v, centres).argmin(1)
     layers = {}
     for k, x in M.items():
         of_modes = torch.stack([x[mode == m].mean(0) for m in modes])
         layers[k.split(".")[0]] = {"size": rms(x), "task": rms(x - x.mean(0)), "mode": rms(of_modes - of_modes.mean(0))}
+    vs = {"its own v": v, "its mode's mean": centres[mode], "the mean of all": centres.mean(0).expand(count, -1)}
+    vs |= {"another mode's mean": centres[(mode + 1) % len(modes)]} if len(modes) > 1 else {}
+    scores = {what: module.summary(np.array(x), args.modes) for what, x in accuracies(module, args, params, test, vs).items()}
     options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
     return {"method": args.method, "modes": args.modes, "shots": args.shots, "seed": args.seed, **options,
-            "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers,
+            "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers, "accuracy": scores,
             "v": {"right_mode_percent": 100 * (nearest == mode).float().mean().item(), "norm": v.norm(dim=1).mean().item(),
                   "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
                   "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item()}}
@@ -97,6 +118,8 @@ def main():
         for layer, x in row["M"].items():
             print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
         print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
+        for what, score in row["accuracy"].items():
+            print(f"    accuracy with {what:20}", *(f"{name} {x['mean']:.2f} +- {x['ci95']:.2f}  " for name, x in score.items()))
     if args.out:
         atomic_write(Path(args.out), json.dumps(found, indent=1) + "\n")
 

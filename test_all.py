@@ -1724,7 +1724,7 @@ def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
 
 def test_inspect_modulation(tmp_path, cache, monkeypatch):
     for name, module, words in (("kml", kml, []), ("constant", mprotonet, ["--embed", "constant"]), ("none", mprotonet, ["--modulation", "none"])):
-        call(module, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path / name, *words)
+        call(module, monkeypatch, *TINY, "--test-tasks", 10, "--cache-dir", cache, "--out", tmp_path / name, *words)
     done = run("inspect_modulation.py", tmp_path / "kml", tmp_path / "constant", "--cache-dir", cache, "--tasks", 10, "--out", tmp_path / "m.json")
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" in done.stdout
@@ -1732,6 +1732,10 @@ def test_inspect_modulation(tmp_path, cache, monkeypatch):
     assert all(0 <= x["mode"] <= x["task"] <= x["size"] for x in one["M"].values())
     assert all(x["task"] < 1e-6 < x["size"] for x in constant["M"].values()), "M of a constant v knows no task"
     params = torch.load(tmp_path / "constant" / "checkpoint.pt", weights_only=True)["params"]
+    for name, row in (("kml", one), ("constant", constant)):
+        reported = json.loads((tmp_path / name / "result.json").read_text())["accuracy"]
+        assert math.isclose(row["accuracy"]["its own v"]["overall"]["mean"], reported["overall"]["mean"], abs_tol=0.01)
+    assert len({x["overall"]["mean"] for x in constant["accuracy"].values()}) == 1, "whatever v it is given is the constant"
     M = mprotonet.modulation(params, params["encoder.constant"])["conv3.weight"]
     assert math.isclose(constant["M"]["conv3"]["size"], M.square().mean().sqrt(), rel_tol=1e-5)
     done = run("inspect_modulation.py", tmp_path / "none")
