@@ -11,9 +11,9 @@ loader    Tasks a second that come ready for training (float, on the device). Ou
           rival gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
 
 train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
-            floor     what no implementation in these operations can go below: the same convolutions alone, forward and
+            floor     what a loop over tasks cannot go below: the same convolutions alone, one by one, forward and
                       backward (for MAML's inner steps forward, backward and double backward), in the same precision, in
-                      the faster of PyTorch's two memory layouts
+                      the faster of PyTorch's two memory layouts. (On a GPU, tasks that are run together can.)
             plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's own layout, all tasks'
                       graphs kept until one backward at the end; from our sampler
             decoding  the same, fed by the loader's rival: what the released repositories do
@@ -318,6 +318,7 @@ def bench_train(name, args, shots):
             "plain": prepare_plain(module, options, ready), "decoding": prepare_plain(module, options, lambda: next(tasks))}
     samples = {what: [] for what in runs}
     for number in range(args.rounds + 1):
+        time.sleep(min(1.0, args.seconds) if number else 0)     # the rival's workers fill their queues and fall silent
         for what, function in runs.items():
             if what == "decoding":
                 function()                              # the queue that filled up for free does not count

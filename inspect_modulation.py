@@ -11,7 +11,8 @@ prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
 
 and of v: how many test tasks lie nearest to the mean v of their own mode, the means being of validation tasks. A mode's
 share of all tasks is what guessing gives. Last, what the network does with v: its accuracy (paper's protocol) when each test
-task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode.
+task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode; in brackets what that changes,
+task by task.
 """
 import argparse
 import importlib
@@ -36,6 +37,8 @@ def load(folder):
     if checkpoint["identity"]["method"] not in SCRIPTS:
         fail(f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M")
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
+    if checkpoint["identity"].get("embed") == "query":
+        fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
     return module, argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
 
 
@@ -88,10 +91,13 @@ def inspect(folder, count, data_root, cache_dir):
         layers[k.split(".")[0]] = {"size": rms(x), "task": rms(x - x.mean(0)), "mode": rms(of_modes - of_modes.mean(0))}
     vs = {"its own v": v, "its mode's mean": centres[mode], "the mean of all": centres.mean(0).expand(count, -1)}
     vs |= {"another mode's mean": centres[(mode + 1) % len(modes)]} if len(modes) > 1 else {}
-    scores = {what: module.summary(np.array(x), args.modes) for what, x in accuracies(module, args, params, test, vs).items()}
+    per_task = {what: np.array(x) for what, x in accuracies(module, args, params, test, vs).items()}
+    scores = {what: module.summary(x, args.modes) for what, x in per_task.items()}
+    changes = {what: module.summary(x - per_task["its own v"], args.modes) for what, x in per_task.items()}
     options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
     return {"method": args.method, "modes": args.modes, "shots": args.shots, "seed": args.seed, **options,
             "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers, "accuracy": scores,
+            "change": changes, "per_task": {what: x.round(4).tolist() for what, x in per_task.items()},
             "v": {"right_mode_percent": 100 * (nearest == mode).float().mean().item(), "norm": v.norm(dim=1).mean().item(),
                   "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
                   "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item()}}
@@ -119,7 +125,8 @@ def main():
             print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
         print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
         for what, score in row["accuracy"].items():
-            print(f"    accuracy with {what:20}", *(f"{name} {x['mean']:.2f} +- {x['ci95']:.2f}  " for name, x in score.items()))
+            print(f"    accuracy with {what:20}", *(f"{name} {x['mean']:.2f} ({row['change'][what][name]['mean']:+.2f} +- "
+                                                    f"{row['change'][what][name]['ci95']:.2f})  " for name, x in score.items()))
     if args.out:
         atomic_write(Path(args.out), json.dumps(found, indent=1) + "\n")
 

@@ -135,7 +135,8 @@ def conv_norm(params, l, x, moments=None):
     Unless given, these are of the batch x itself, in training and testing: running averages would mix tasks.
     Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets second derivatives wrong.
     """
-    y = F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1)
+    W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
+    y = F.conv2d(x, W, b, stride=2, padding=1).to(W.dtype)      # bf16, if chosen, ends here
     if moments is None:
         y, *moments = torch.native_batch_norm(y, None, None, None, None, True, 0.0, 1e-5)
     else:

@@ -37,6 +37,7 @@ import platform
 import signal
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,10 @@ PARTS = ("base", "encoder", "generator")            # of the parameters; no algo
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
 QUICK = {"image_size": 28, "channels": 32, "iterations": 220, "lr_halve_every": 0, "test_tasks": 200, "val_every": 0}
-PAPER = {   # ModGrad paper, Table 2: mini-ImageNet, Conv-4, accuracy in %, 5 ways, (1-shot, 5-shot)
-    "ModGrad": {"M": (53.20, 69.17)}, "MAML": {"M": (47.89, 64.59)}, "Meta-SGD": {"M": (50.50, 64.00)},
-    "CAVIA": {"M": (51.82, 65.85)}, "T-Net": {"M": (51.70, "-")}}
-TABLE = "ModGrad's Table 2"
+TABLE, PAPER = "ModGrad's Table 2", defaultdict(dict, {      # mini-ImageNet, accuracy in %, 5 ways, (1-shot, 5-shot)
+    "ModGrad": {"M": (53.20, 69.17)}, "ModGrad, wrn28-10": {"M": (65.72, 81.17)}, "MAML": {"M": (47.89, 64.59)},
+    "Meta-SGD": {"M": (50.50, 64.00)}, "CAVIA": {"M": (51.82, 65.85)},      # CAVIA's with 512 channels
+    "T-Net": {"M": (51.70, "-")}})                                          # (M)T-Net's
 # What the algorithms differ in besides their step: (steps, their size, adapted layers). For ModGrad the paper's; MAML's of its
 # own paper; those of the others are the usual ones of their papers' mini-ImageNet runs.
 DEFAULTS = {"modgrad": (1, 0.1, "last two"), "maml": (5, 0.01, "all"), "metasgd": (1, 0.01, "all"),
@@ -62,7 +63,7 @@ DEFAULTS = {"modgrad": (1, 0.1, "last two"), "maml": (5, 0.01, "all"), "metasgd"
 CONTEXT_LAYER = 3                                   # whose channels CAVIA's context scales and shifts
 NORMALISE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))         # ImageNet's mean and deviation of red, green, blue
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 16, "channels": 1, "meta_batch": 1, "log_every": 1,
-         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1}     # of numbers; else 0
+         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1}     # of numbers; else 0
 
 
 def column(i):
@@ -88,7 +89,7 @@ def get_args(argv=None):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help="layers that the steps change, as conv3 conv4 head; all; or "
                    f"'last two' convolutions: {column(2)}")
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
-    p.add_argument("--context", type=int, default=300, help="length of v (P: 300; of CAVIA's context: 100)")
+    p.add_argument("--context", type=int, help="length of v (P: 300), of CAVIA's context (100)")
     p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--meta-batch", type=int, default=3, help="T, tasks (episodes) an iteration (C: 3)")
@@ -120,23 +121,32 @@ def get_args(argv=None):
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.method = METHODS[args.algorithm]
     steps, alpha, adapt = DEFAULTS[args.algorithm]
-    args.steps, args.alpha = (x if y is None else y for x, y in ((steps, args.steps), (alpha, args.alpha)))
+    usual = {"steps": steps, "alpha": alpha, "context": 100 if args.algorithm == "cavia" else 300}
+    for key, value in usual.items():
+        defaults[key] = value
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     layers = layer_shapes(args)
     convolutions = [layer for layer, shape in layers.items() if len(shape) == 4 and not layer.endswith("short")]
+    if args.algorithm == "cavia" and args.adapt:
+        fail("--algorithm cavia adapts its context alone: leave --adapt out")
     named = {"all": ["all"], "last two": convolutions[-2:], "context": []}
-    args.adapt = named.get(adapt if args.adapt is None else " ".join(args.adapt), args.adapt)
+    defaults["adapt"] = named[adapt]
+    args.adapt = named[adapt] if args.adapt is None else named.get(" ".join(args.adapt), args.adapt)
+    args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
+    args.method += f", {args.backbone}" * (args.backbone != "conv4")
     for layer in args.adapt:
         if layer not in ("all", *layers):
             fail(f"--adapt {layer}: not there; choose from all, 'last two', {' '.join(layers)}")
-    if args.algorithm == "cavia":
-        args.context = 100 if args.context == 300 else args.context
-        if args.backbone != "conv4":
-            fail(f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4")
+    if args.algorithm == "cavia" and args.backbone != "conv4":
+        fail(f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4")
+    if not args.adapt and args.algorithm != "cavia":
+        fail("--adapt context is CAVIA's: name layers")
     if args.algorithm == "modgrad" and "all" in args.adapt:
         fail("--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head")
     args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
+        words = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in identity(args).items()
+                 if v != defaults.get(k, v) and k not in ("modes", "algorithm")]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
@@ -175,7 +185,7 @@ def conv(params, name, x, stride=1):
     x = F.conv2d(x, W, params.get(f"{name}.bias"), stride, W.shape[-1] // 2)
     if f"generator.{name}.transform" in params:         # T-Net: a 1x1 convolution after each layer's, which no step changes
         x = F.conv2d(x, params[f"generator.{name}.transform"])
-    return x
+    return x.to(W.dtype)                                # bf16, if chosen, ends here
 
 
 def linear(params, name, x):
@@ -266,8 +276,9 @@ def run_blocks(params, x, norm, args, first=0, last=None):
 
 
 def normalise(x):
-    mean, deviation = (torch.tensor(v, device=x.device, dtype=x.dtype)[:, None, None] for v in NORMALISE)
-    return (x - mean) / deviation
+    """Images in [0, 1] -> with ImageNet's mean 0 and deviation 1 for each colour. (No tensor of constants: a copy of one to
+    the device would make the host wait.)"""
+    return torch.stack([(colour - m) / d for colour, m, d in zip(x.unbind(-3), *NORMALISE)], -3)
 
 
 def group(params, name):
@@ -381,7 +392,7 @@ def modgrad_step(params, fast, loss, args, noisy):
         return {k: fast[k] - args.alpha * M[k] * gradient[k] for k in fast}
     v = next(iter(fast.values())).new_zeros(args.context)                               # 9
     v = -torch.func.grad(lambda v: loss(step(v)))(v)                                    # 11: Eq. 9
-    return step(v)                                                                      # 12, 13
+    return step(v.detach() if args.first_order else v)                                  # 12, 13
 
 
 STEPS = {"modgrad": modgrad_step, "maml": maml_step, "metasgd": metasgd_step, "cavia": cavia_step, "tnet": tnet_step}

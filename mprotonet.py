@@ -146,11 +146,11 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, these are of the batch x itself, in training and testing: running averages would mix tasks.
-    (Scale and shift may go into the call, which saves a tenth of the time, as there is no second derivative;
-    kml.py says what goes wrong with one.)
+    (Scale and shift may go into the call, a tenth faster, as nothing is differentiated twice: see kml.py.)
     """
     scale, shift = params.get(f"norm{l}.scale"), params.get(f"norm{l}.shift")
-    y = F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1)
+    W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
+    y = F.conv2d(x, W, b, stride=2, padding=1).to(W.dtype)      # bf16, if chosen, ends here
     if moments is None:
         y, *moments = torch.native_batch_norm(y, scale, shift, None, None, True, 0.0, 1e-5)
         return y, moments
@@ -205,7 +205,7 @@ def encode_task(params, support_x):
 
 def generator_sizes(args, l, c_in, c_out):
     """Outputs of the linear layers behind omega for layer l. FiLM: a scale and a shift for each channel. KML:
-    rows x cols = W's entries (near-square), or these at once (152 times as many parameters), and db."""
+    rows x cols = W's entries (near-square), or these at once (152 times the parameters), and db."""
     rows, cols = (c_out, 9 * c_in) if l == 1 else (3 * c_out, 3 * c_in)
     sizes = {"film": {f"film{l}": 2 * c_out}, "full": {f"conv{l}.full": rows * cols, f"conv{l}.bias": c_out},
              "outer": {f"conv{l}.rows": rows, f"conv{l}.cols": cols, f"conv{l}.bias": c_out}}
@@ -232,9 +232,10 @@ def modulate(theta, omega, one=1):
     """KML's theta^: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7). FiLM
     leaves theta alone: its omega goes along, for `forward` to apply to the activations of each layer.
 
-    one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 150 times smaller.
-    BatchNorm hides that from the activations, but not from Adam, whose steps keep their size: they are
-    as much larger, relative to the kernel. The bias offset db does nothing: BatchNorm subtracts it (kml.py).
+    one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 100 times smaller.
+    BatchNorm hides that from the activations, but the steps of encoder and generator, which Adam gives a size
+    of their own, are now as much larger relative to the kernel (those of W are not: M multiplies them too).
+    The bias offset db does nothing: BatchNorm subtracts it (kml.py).
     """
     kernels = {k: theta[k] * (one + M.reshape(theta[k].shape)) for k, M in omega.items() if "weight" in k}
     biases = {k: theta[k] + db for k, db in omega.items() if "bias" in k}

@@ -675,13 +675,31 @@ def test_shares_of_transfer_on_hand_made_numbers():
     assert math.isclose(slope, -20)
     assert math.isclose(band, 0.0025)
     assert transference.shares(ratios, band).tolist() == [[50, 25], [25, 25], [25, 50]]
-    numbers = transference.describe(np.random.default_rng(0).normal(1, 0.1, (50, 8)), np.random.default_rng(1).normal(0, 1, (50, 8)))
+    assert transference.neutral_band(ratios, np.zeros_like(ratios))[0] == math.inf
+    assert transference.neutral_band(ratios, gains + np.array([[5, -5]]))[1] == slope, "each target about its own mean"
+
+
+def test_intervals_of_transfer():
+    """Resampling sources and targets: as wide as the spread of repeated experiments; no shares where the slope is uncertain."""
+    def experiment(seed, J=30):
+        rng = np.random.default_rng(seed)
+        ratios = 1 + rng.normal(0, 0.004, (1, J)) + rng.normal(0, 0.01, (40, J))        # targets differ, pairs differ
+        return ratios, -30 * (ratios - 1) + rng.normal(0, 0.3, ratios.shape)
+    numbers = transference.describe(*experiment(0))
     assert math.isclose(sum(numbers[k][0] for k in ("positive", "negative", "neutral")), 100)
     assert np.allclose(np.sum(numbers["per_target"], 0), 100, atol=0.02)
-    mean, low, high = transference.bootstrap(np.random.default_rng(0).normal(40, 10, 400))
-    assert math.isclose(high - low, 2 * 1.96 * 10 / 20, rel_tol=0.15)
+    assert numbers["slope"][1] < -30 < numbers["slope"][2]
+    spread = np.std([transference.statistics(*experiment(seed))["positive"] for seed in range(100)])
+    mean, low, high = numbers["positive"]
     assert low < mean < high
-    assert transference.neutral_band(ratios, np.zeros_like(ratios))[0] == math.inf
+    assert 0.7 < (high - low) / (2 * 1.96 * spread) < 1.6
+    ratios, gains = experiment(1)
+    for other in (np.zeros_like(gains), np.random.default_rng(0).normal(0, 1, gains.shape)):
+        numbers = transference.describe(ratios, other)
+        assert numbers["positive"] is None
+        assert numbers["below_one"][0] == 100 * (ratios < 1).mean()
+    with pytest.raises(SystemExit):
+        transference.describe(ratios * np.inf, gains)
 
 
 def test_transference_from_end_to_end(tmp_path, cache, monkeypatch):
@@ -696,6 +714,7 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch):
     row = found["found"][0]
     assert np.array(row["LR"]).shape == (4, 3)
     assert f"| {row['state']} | 0.001 | {transference.cell(row['all']['positive'])} |" in done.stdout
+    assert f"| {transference.cell(row['all']['below_one'])} | {transference.cell(row['all']['mean'], 4)} |" in done.stdout
     assert set(row["matrix"]["cells"]) == set(row["matrix"]["cells"]["fc100"]) == {"miniimagenet", "fc100"}
     assert [x["iteration"] for x in found["along"]["MProtoNet+KML"]] == [3, 6]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"transference-{x}.png" for x in ("histogram", "tasks", "training")}
@@ -706,6 +725,7 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch):
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "transference.json").read_text())
     assert [r["state"] for r in again["found"]] == [r["state"] for r in found["found"]]
+    assert np.shape(again["found"][0]["LR"]) == (4, 3)
     np.testing.assert_allclose(again["found"][0]["LR"], row["LR"], atol=2e-2)        # half precision
     for bad, said in ((["--checkpoint", tmp_path / "none"], "there is no"), (["--checkpoint", tmp_path / "kml"], "run of MMAML+KML"),
                       (["--checkpoint", tmp_path / "run", "--at", "5"], "--keep-every 1"), (["--checkpoint", tmp_path / "run", "--alpha", "x"], "--alpha"),
@@ -1501,7 +1521,7 @@ def test_the_diff_shows_one_idea():
     tail = {(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py", "mprotonet.py", "modgrad.py")}
     assert len(tail) == 1
     lines = (HERE / "mprotonet.py").read_text().split("\n")
-    assert len(lines) <= 501
+    assert len(lines) <= 505
     assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
 
 

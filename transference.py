@@ -18,7 +18,9 @@ opposite (negative). Many source tasks i give a histogram.
 
 *Neutral* is what changes the target's accuracy by less than 0.05 points, says the paper; which loss change that is, it does
 not say. Here |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) on LR - 1, least squares over
-all pairs. Two networks are comparable only if their steps are: alpha is chosen for each state alike, so that a step on a
+all pairs, each target about its own mean. Accuracy moves in steps of whole images, so s is uncertain, and with it what counts
+as neutral: intervals are from resampled sources and targets with s found anew each time. Where the sign of s is not certain, or
+no prediction changes at all, there is no neutral zone to be had, and only the share with LR < 1 is given. Two networks are comparable only if their steps are: alpha is chosen for each state alike, so that a step on a
 target itself takes its loss to 0.95 in the median (on validation tasks); --sweep shows how the shares depend on it.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script, as no training script does.
@@ -96,8 +98,16 @@ class State(NamedTuple):
     folder: Path
 
     @property
+    def label(self):
+        """Method, with the flags and the seed in which the run differs from the usual."""
+        usual = {"no_residual": False, "embed": "support", "transductive": False, "generator": "outer", "init_scale": 1.0,
+                 "lr": 1e-3, "seed": 0}
+        other = [f"{k}={getattr(self.options, k)}" for k, v in usual.items() if getattr(self.options, k, v) != v]
+        return " ".join([self.method, *other])
+
+    @property
     def name(self):
-        return f"{self.method}, {self.iteration:,} of {self.of:,} iterations"
+        return f"{self.label}, {self.iteration:,} of {self.of:,} iterations"
 
 
 def load(place):
@@ -233,10 +243,11 @@ def choose_alpha(state, batch, update):
 
 # --------------------------------------------------------------------------------------------------- statistics
 def neutral_band(ratios, gains):
-    """Half width b of the neutral zone |LR - 1| < b, and the slope of gain (points) on LR - 1 that it follows from."""
-    x, y = (ratios - 1).ravel(), gains.ravel()
-    spread = ((x - x.mean()) ** 2).sum()
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 0 else 0.0
+    """Half width b of the neutral zone |LR - 1| < b, and the slope of gain (points) on LR - 1 that it follows from, for
+    arrays (I, J), each target (column) about its own mean. Where no gain goes with the loss: inf, 0."""
+    x, y = ratios - ratios.mean(0), gains - gains.mean(0)
+    spread = (x ** 2).sum()
+    slope = float((x * y).sum() / spread) if spread > 0 else 0.0
     return (NEUTRAL / abs(slope) if slope else math.inf), slope
 
 
@@ -246,23 +257,35 @@ def shares(ratios, band):
     return 100 * np.stack([positive.mean(0), negative.mean(0), (~positive & ~negative).mean(0)])
 
 
-def bootstrap(values, draws=2000):
-    """Values (J,), one a target -> mean and the ends of its 95 % interval, from resampled targets."""
-    at = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    return [float(x) for x in (values.mean(), *np.percentile(values[at].mean(1), (2.5, 97.5)))]
-
-
-def describe(ratios, gains):
-    """LR (I, J) and gains (I, J) -> the numbers that are reported."""
+def statistics(ratios, gains):
+    """LR (I, J) and gains (I, J) -> {name: number}."""
     band, slope = neutral_band(ratios, gains)
-    per_target = shares(ratios, band)
-    return {"positive": bootstrap(per_target[0]), "negative": bootstrap(per_target[1]), "neutral": bootstrap(per_target[2]),
-            "per_target": per_target.round(2).tolist(), "band": band, "slope": slope,
-            "mean": bootstrap(ratios.mean(0)), "median": float(np.median(ratios))}
+    positive, negative, neutral = shares(ratios, band).mean(1)
+    return {"positive": positive, "negative": negative, "neutral": neutral, "slope": slope, "band": band,
+            "below_one": 100 * (ratios < 1).mean(), "mean": ratios.mean(), "median": np.median(ratios)}
+
+
+def describe(ratios, gains, draws=1000):
+    """LR (I, J) and gains (I, J) -> {name: [number, ends of its 95 % interval]}, from resampled sources and targets; the
+    three shares and the band are None where the sign of the slope is not certain. And the shares of each target."""
+    if not np.isfinite(ratios).all():
+        fail("a loss ratio is not finite: a target's loss is 0, or the step is too large; give a smaller --alpha")
+    rng, (I, J) = np.random.default_rng(0), ratios.shape
+    found, samples = statistics(ratios, gains), []
+    for _ in range(draws):
+        at = np.ix_(rng.integers(0, I, I), rng.integers(0, J, J))
+        samples.append(list(statistics(ratios[at], gains[at]).values()))
+    ends = np.percentile(np.nan_to_num(samples, posinf=1e9), (2.5, 97.5), axis=0).T
+    numbers = {name: [float(x), *map(float, end)] for (name, x), end in zip(found.items(), ends)}
+    per_target = shares(ratios, found["band"]).round(2).tolist()
+    if not numbers["slope"][1] * numbers["slope"][2] > 0:
+        numbers |= dict.fromkeys(("positive", "negative", "neutral", "band"))
+        per_target = None
+    return numbers | {"per_target": per_target}
 
 
 def cell(numbers, digits=1):
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=digits)
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=digits) if numbers else "-"
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -280,9 +303,10 @@ def histogram(found, file, about):
         low, high = np.percentile(np.concatenate([np.ravel(row["LR"]) for row in rows]), (0.5, 99.5))
         bins = np.linspace(min(low, 0.999), max(high, 1.001), 61)
         for row in rows:
-            p, n, u = (row["all"][k][0] for k in ("positive", "negative", "neutral"))
+            parts = [f"{name} {row['all'][k][0]:.0f} %" for name, k in (("P", "positive"), ("N", "negative"), ("Nu", "neutral"))
+                     if row["all"][k]] or [f"LR < 1: {row['all']['below_one'][0]:.0f} %"]
             axis.hist(np.clip(np.ravel(row["LR"]), bins[0], bins[-1]), bins, alpha=0.45, density=True,
-                      label=f"{row['state']}: P {p:.0f} %, N {n:.0f} %, Nu {u:.0f} %")
+                      label=f"{row['state']}: {', '.join(parts)}")
         axis.axvline(1, color="black", linewidth=1)
         axis.set(xlabel="loss ratio LR: below 1 the source task helped", ylabel="density of (source, target) pairs", title=moment)
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
@@ -350,41 +374,41 @@ def main():
     _, validation = tasks_of(args, options, args.target, "val", args.target_tasks)
     out.mkdir(parents=True, exist_ok=True)
     print(f"transference, {setting}, step on {args.update} parameters\n")
-    print("| state | alpha | positive, % | negative, % | neutral, % | mean LR | median LR | self-transference |")
-    print("|" + " --- |" * 8)
+    print("| state | alpha | positive, % | negative, % | neutral, % | LR < 1, % | mean LR | median LR | self-transference |")
+    print("|" + " --- |" * 9)
     for moment, state in runs:
         alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update)
         ratios, gains = measure(state, sources, targets, alpha, args.update)
         own = self_transference(state, targets, [alpha], args.update)[:, 0]
         row = {"state": state.name, "moment": moment, "alpha": alpha, "all": describe(ratios, gains),
-               "self": {"median": float(np.median(own)), "mean": bootstrap(own), "LR": own.round(6).tolist()},
+               "self": {"median": float(np.median(own)), "LR": own.round(6).tolist()},
                "LR": ratios.round(6).tolist(), "gain": gains.round(4).tolist()}
-        print(f"| {state.name} | {alpha:.3g} | {' | '.join(cell(row['all'][k]) for k in ('positive', 'negative', 'neutral'))} | "
-              f"{cell(row['all']['mean'], 4)} | {row['all']['median']:.4f} | {row['self']['median']:.4f} |", flush=True)
+        print(f"| {state.name} | {alpha:.3g} | "
+              f"{' | '.join(cell(row['all'][k]) for k in ('positive', 'negative', 'neutral', 'below_one'))} | "
+              f"{cell(row['all']['mean'], 4)} | {row['all']['median'][0]:.4f} | {row['self']['median']:.4f} |", flush=True)
+        found.append(row)
+        save(args, options, found, {})                      # what is measured is kept, whatever comes
         if args.sweep:
             few = Task(*(x[:ALONG_SOURCES] for x in sources))
             row["sweep"] = {factor: describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
         if args.matrix is not None:
             row["matrix"] = matrix(args, state)
-        found.append(row)
     if args.sweep:
         print(f"\nThe same at other step sizes, {min(ALONG_SOURCES, args.source_tasks)} source tasks\n\n| state | times alpha | positive, % | "
-              "negative, % | neutral, % |\n| --- | --- | --- | --- | --- |")
+              "negative, % | neutral, % | LR < 1, % |\n| --- | --- | --- | --- | --- | --- |")
         for row in found:
             for factor, numbers in row["sweep"].items():
-                print(f"| {row['state']} | {factor} | {' | '.join(cell(numbers[k]) for k in ('positive', 'negative', 'neutral'))} |")
+                print(f"| {row['state']} | {factor} | "
+                      f"{' | '.join(cell(numbers[k]) for k in ('positive', 'negative', 'neutral', 'below_one'))} |")
     for row in found if args.matrix is not None else ():
         modes = list(row["matrix"]["cells"])
-        print(f"\n{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of positive transfer in %; mean LR\n\n| from \\ to | "
+        print(f"\n{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of LR < 1 in %; mean LR\n\n| from \\ to | "
               f"{' | '.join(modes)} |\n|{' --- |' * (len(modes) + 1)}")
         for source, to in row["matrix"]["cells"].items():
-            pairs = [f"{cell(x['positive'])}; {cell(x['mean'], 4)}" for x in to.values()]
+            pairs = [f"{cell(x['below_one'])}; {cell(x['mean'], 4)}" for x in to.values()]
             print(f"| {source} | {' | '.join(pairs)} |")
     along = trajectories(args, runs, sources, targets) if args.along else {}
-    record = {"setting": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "checkpoint")},
-              "synthetic": options.synthetic, "modes": options.modes, "shots": options.shots, "image_size": options.image_size,
-              "found": found, "along": along}
-    atomic_write(out / "transference.json", json.dumps(record))
+    save(args, options, found, along)
     if figures:
         import matplotlib
         matplotlib.use("Agg")
@@ -399,6 +423,13 @@ def main():
         if along:
             curves(along, out / "transference-training.png", setting)
     print(f"\nwritten to {out}: transference.json{', figures' * figures}", file=sys.stderr)
+
+
+def save(args, options, found, along):
+    setting = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "checkpoint")}
+    record = {"setting": setting, "synthetic": options.synthetic, "modes": options.modes, "shots": options.shots,
+              "image_size": options.image_size, "found": found, "along": along}
+    atomic_write(Path(args.out) / "transference.json", json.dumps(record, allow_nan=False))
 
 
 def matrix(args, state):
@@ -429,7 +460,7 @@ def trajectories(args, runs, sources, targets):
         half = min(rows, key=lambda row: abs(row["iteration"] - of / 2))
         for row in rows:
             row |= {"best": int(np.argmin(half["LR"])), "worst": int(np.argmax(half["LR"]))}
-        found[state.method] = rows
+        found[state.label] = found.get(state.label, []) + rows          # exported files: a state each
     return found
 
 
