@@ -12,7 +12,7 @@ usage="usage: bash run_all.sh [--dry-run] [--only GLOB]... [--quick] [--syntheti
   -- FLAG...   flags for every command, which win: -- --image-size 28 --iterations 4000; give another --out with them
 
 Ctrl-C ends the running cells with a checkpoint; the same command continues. Python is that of .venv, if there is one, or of
-the variable PYTHON. Status 1: a cell failed; it is named at the end."
+the variable PYTHON. Status 1: a cell failed or is not finished; it is named at the end."
 set -u
 cd "$(dirname "$0")" || exit 1
 
@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
         --synthetic) synthetic=" --synthetic" ;;
         --only | --jobs | --out)
             [ $# -gt 1 ] || fail "$1 needs a value"
+            [ -n "$2" ] || fail "$1 needs a value, not an empty one"
             case "$1" in --only) only+=("$2") ;; --jobs) jobs=$2 ;; --out) out=$2 ;; esac
             shift ;;
         --) shift; [ $# -eq 0 ] || extra=$(printf " %q" "$@"); break ;;
@@ -34,9 +35,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-case "$jobs" in '' | *[!0-9]* | 0) fail "--jobs $jobs: give a whole number from 1 on" ;; esac
+case "$jobs" in *[!0-9]*) fail "--jobs $jobs: give a whole number from 1 on" ;; esac
+jobs=$((10#$jobs))
+[ $jobs -ge 1 ] || fail "--jobs $jobs: give a whole number from 1 on"
 folder=${out:-runs${quick:+/quick}${synthetic:+/synthetic}}
 if [ -z "${PYTHON:-}" ]; then PYTHON=python; [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python; fi
+python=$(printf %q "$PYTHON")
 
 # ---------------------------------------------------------------------------------------------------------- the cells
 names=() commands=()
@@ -52,7 +56,7 @@ cell() {    # cell NAME BUDGET COMMAND...    BUDGET: flags that are left out wit
         [ -z "$glob" ] || return 0
     fi
     names+=("$name")
-    commands+=("$PYTHON $*${quick:-$budget}$synthetic$extra --out $(printf %q "$folder/$name")")
+    commands+=("$python $*${quick:-$budget}$synthetic$extra --out $(printf %q "$folder/$name")")
 }
 
 # KML, Tables 1 and 2. (The scripts' defaults are the papers' settings.)
@@ -93,7 +97,8 @@ done
 
 finished() {    # of cell $1: it ended with this very command, and its result is of the latest checkpoint
     local at="$folder/${names[$1]}"
-    [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ "$at/result.json" -nt "$at/checkpoint.pt" ]
+    [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ -e "$at/result.json" ] &&
+        ! [ "$at/checkpoint.pt" -nt "$at/result.json" ]
 }
 
 if [ -n "$dry" ]; then
@@ -106,20 +111,28 @@ fi
 failures=$(mktemp) || exit 1
 stopped=""
 trap 'rm -f "$failures"' EXIT
-trap 'stopped=1; kill -TERM $(jobs -p) 2>/dev/null' INT TERM
+# Each cell is a process group of its own (set -m): a signal to all of this script's group then reaches a cell once, from here;
+# a second one would end it without a checkpoint.
+set -m
+trap 'stopped=1; kill -TERM $(jobs -p) 2>/dev/null' INT TERM HUP
 
-run() {     # cell $1, in the background: its script must get the signal, not this shell
-    local at="$folder/${names[$1]}" child
-    trap 'kill -TERM "$child" 2>/dev/null' INT TERM
-    mkdir -p "$at" || exit 1
-    if [ "$jobs" -gt 1 ]; then exec >"$at/output.txt" 2>&1; fi
+failed() { echo "${names[$1]} ($2)" >>"$failures"; }
+
+run() {     # cell $1, in the background
+    local at="$folder/${names[$1]}" child="" status other
+    trap 'kill -TERM $child 2>/dev/null' INT TERM HUP
+    mkdir -p "$at" || { failed "$1" "its folder cannot be made"; return; }
+    other=$(cat "$at/running.pid" 2>/dev/null)
+    if [ -n "$other" ] && kill -0 "$other" 2>/dev/null; then failed "$1" "process $other is at it"; return; fi
+    if [ "$jobs" -gt 1 ]; then exec >"$at/output.txt" 2>&1 || { failed "$1" "no output.txt"; return; }; fi
     eval "${commands[$1]} &"
     child=$!
-    wait "$child"
-    local status=$?
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done       # wait returns early on a signal
-    if [ $status -ne 0 ]; then echo "${names[$1]} (status $status)" >>"$failures"; return; fi
-    echo "${commands[$1]}" >"$at/command.txt"
+    echo $child >"$at/running.pid"
+    wait $child
+    status=$?
+    while kill -0 $child 2>/dev/null; do wait $child; status=$?; done           # wait returns early on a signal
+    rm -f "$at/running.pid"
+    if [ $status -ne 0 ]; then failed "$1" "status $status"; else echo "${commands[$1]}" >"$at/command.txt"; fi
 }
 
 if [ "$jobs" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then     # runs that fight for the same cores are far slower than turns
@@ -131,15 +144,18 @@ for i in "${!names[@]}"; do
     if finished "$i"; then continue; fi
     echo "[$((i + 1))/${#names[@]}] ${commands[$i]}"
     run "$i" &
-    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
+    while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
 done
 while [ -n "$(jobs -rp)" ]; do wait; done
 
 if [ -n "$stopped" ]; then echo "stopped; the same command continues"; exit 1; fi
-$PYTHON tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
+for i in "${!names[@]}"; do     # --stop-after, or a signal to the cell itself
+    if ! finished "$i" && ! grep -qF "${names[$i]} (" "$failures"; then failed "$i" "not at its end; the same command continues"; fi
+done
+"$PYTHON" tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
 status=$?
 if [ -s "$failures" ]; then
-    echo "failed cells, which the same command tries again:"
+    echo "cells that failed or are not finished, which the same command tries again:"
     sort "$failures"
     exit 1
 fi

@@ -88,7 +88,7 @@ def read_run(file):
     """
     try:
         run = json.loads(file.read_text())
-        method = run["method"]
+        method = run["method"] if "algorithm" not in run.get("args", {}) else ""       # modgrad.py has a MAML of its own
         family = "MAML" if method in FAMILIES["MAML"] else "ProtoNet"
         if method not in FAMILIES[family]:
             return None
@@ -98,8 +98,11 @@ def read_run(file):
         steps = ITERATIONS[family]
         if method == "ProtoNet" and len(modes) == 1:
             method = "Multi-ProtoNet"
-        elif method == "MAML" and len(modes) == 1 and options == MULTI_MAML.get(modes[0], MULTI_MAML[""]):
-            method, options, steps = "Multi-MAML", {}, MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
+        elif method == "MAML" and len(modes) == 1:
+            own = MULTI_MAML.get(modes[0], MULTI_MAML[""])
+            if own.items() <= options.items():
+                method, options = "Multi-MAML", {k: v for k, v in options.items() if k not in own}
+                steps = MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
         done = run["iterations"], args["meta_batch"]
         protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
         return {"method": method, "modes": modes, "family": family, "options": options, "seed": args["seed"],
@@ -115,7 +118,7 @@ def read_run(file):
 
 def absent(method, modes=()):
     """What stands in a table for a run that is not there; `modes`: of which it would be made."""
-    return {"method": method, "options": {}, "seed": 0, "missing": modes, "scores": {}, "data": {}, "parameters": None,
+    return {"method": method, "options": {}, "seed": None, "missing": modes, "scores": {}, "data": {}, "parameters": None,
             "seconds": None}
 
 
@@ -159,7 +162,7 @@ def show(value, sign=""):
 def label(run, seed=True):
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in run["options"].items()]
     return ", ".join([run["method"], *([f"`{' '.join(flags)}`"] if flags else []),
-                      *([f"seed {run['seed']}"] if run["seed"] and seed else [])])
+                      *([f"seed {run['seed']}"] if seed and run["seed"] != run.get("first_seed", run["seed"]) else [])])
 
 
 def table(rows, columns):
@@ -182,17 +185,18 @@ def pairs(runs, methods):
     """Which runs to compare: the methods among each other; a variant, or another seed, with what differs from it
     in nothing else."""
     usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
-    found = [(usual.get((methods[i], 0)), usual.get((methods[j], 0))) for i, j in PAIRS]
+    main = {run["method"]: run for run in runs if label(run) == run["method"]}
+    found = [(main.get(methods[i]), main.get(methods[j])) for i, j in PAIRS]
     for run in runs:
-        if run["options"] or run["seed"]:
+        if label(run) != run["method"]:
             found += [(run, usual.get((method, run["seed"]))) for method in dict.fromkeys((run["method"], methods[0]))]
     return [(a, b) for a, b in found if a and b and a is not b and a["scores"] and b["scores"]]
 
 
 def by_seed(rows, reference, modes):
     """Where a configuration was trained from several seeds: a line for each, a column a seed -> Markdown, or ""."""
-    seeds = sorted({run["seed"] for run in rows if run["scores"]})
-    runs = {(label(run, seed=False), run["seed"]): run for run in rows if run["scores"]}
+    seeds = sorted({run["seed"] for run in rows if run["scores"] and run["seed"] is not None})
+    runs = {(label(run, seed=False), run["seed"]): run for run in rows if run["scores"] and run["seed"] is not None}
     if len(seeds) < 2:
         return ""
 
@@ -209,6 +213,22 @@ def by_seed(rows, reference, modes):
         f"minus {reference}, inductive": cells("inductive", True)})
 
 
+def common_flags(runs, keys):
+    """Flags, and a seed, that all runs of one family, budget, ways and shots have in common are no variants: they leave the
+    runs' `options` for `common`, a remark above the table; `first_seed` is the seed that goes without saying."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[k] for k in keys), []).append(run)
+    for group in groups.values():
+        first = group[0]["options"]
+        shared = {k: v for k, v in first.items() if all(run["options"].get(k) == v for run in group)}
+        seed = min(run["seed"] for run in group)
+        flags = label({"method": "", "options": shared | ({"seed": seed} if seed else {}), "seed": None})
+        for run in group:
+            run["options"] = {k: v for k, v in run["options"].items() if k not in shared}
+            run |= {"first_seed": seed, "common": f"All{flags.removeprefix(',')}." if flags else ""}
+
+
 def block(runs, singles):
     """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences.
 
@@ -220,7 +240,7 @@ def block(runs, singles):
     comparable = first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
     table1, table2 = TABLE1.get(setting, {}) if comparable else {}, comparable and setting == "2mode-dagger"
 
-    order = {run["method"]: run for run in runs if not run["options"] and run["seed"] == 0}
+    order = {run["method"]: run for run in runs if label(run) == run["method"]}
     if several:
         order = {m: order.get(m) or absent(m) for m in methods} | {methods[1]: joined(methods[1], modes, singles)}
     rest = [run for run in runs if run not in order.values()]
@@ -251,7 +271,7 @@ def block(runs, singles):
     differences |= {f"{m}, paper protocol": lambda pair, m=m: show(difference(*pair, "paper", [m]), "+") for m in several}
 
     counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
-    about = [budget_text(first["budget"], first["family"]), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
+    about = [budget_text(first["budget"], first["family"]), first.get("common", ""), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
              "accuracy in %, 95 % interval over tasks."]
     compared = pairs(rows, methods)
     return (f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
@@ -281,7 +301,12 @@ def curves(runs, singles, file):
     colours = {name: f"C{i % 10}" for i, name in enumerate(sorted({label(run) for run in [*runs, *alone]}))}
     for mode, axis in zip(modes, panels[0]):
         for run in (run for run in sorted([*runs, *alone], key=label) if mode in run["modes"]):
-            lines = [json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()]
+            log = run["file"].parent / "log.jsonl"
+            try:
+                lines = [json.loads(line) for line in log.read_text().splitlines()]
+            except (OSError, ValueError):
+                print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
+                continue
             lines = [(line["iteration"], line["accuracy"][mode]) for line in lines if mode in line["accuracy"]]
             of = max(1, len(lines) // 40)                   # at most about 40 points: fewer, less noisy ones
             points = np.array(lines[len(lines) % of:]).reshape(-1, of, 2).mean(1)
@@ -312,7 +337,9 @@ def main():
     p.add_argument("--out", default="results", help="folder of tables.md and the figures")
     args = p.parse_args()
     groups, out = {}, Path(args.out)
-    for run in read(args.folders):
+    found = read(args.folders)
+    common_flags(found, ("family", "budget", "ways", "shots"))
+    for run in found:
         group = groups.setdefault(tuple(run[k] for k in ("family", "budget", "ways", "shots")), {})
         table_of = group.setdefault(tuple(run["modes"]), {})
         if label(run) in table_of:
@@ -322,21 +349,21 @@ def main():
         fail(f"no result.json of a KML table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
-    parts, seen = [], set()
+    parts, seen, figures = [], set(), []
     for group in (groups[key] for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))):
         singles = {(run["method"], modes[0]): run for modes, runs in group.items() if len(modes) == 1
-                   for run in runs.values() if label(run).startswith("Multi-") and label(run) == run["method"]}
+                   for run in runs.values() if label(run) in ("Multi-MAML", "Multi-ProtoNet")}
         for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
             runs = list(group[modes].values())
             if all(run is singles.get((run["method"], modes[0])) for run in runs) and any(
                     len(other) > 1 and modes[0] in other for other in group):
                 continue                                # stands as a part of Multi-X in the tables of several modes
             parts.append(block(runs, singles))
-            seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
+            if not dict(runs[0]["budget"])["synthetic"]:
+                seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
             if importlib.util.find_spec("matplotlib"):
                 file = out / f"curves-{slug(runs[0])}.png"
-                out.mkdir(parents=True, exist_ok=True)
-                curves(runs, singles, file)
+                figures.append((runs, singles, file))
                 parts.append(f"![Accuracy against iterations]({file.name})\n")
     lacking = [f"{setting} {shots}-shot ({family} family)" for family in FAMILIES for setting in SETTINGS for shots in (1, 5)
                if (family, setting, shots) not in seen]
@@ -345,6 +372,8 @@ def main():
     text = "# KML: tables from result files\n\n" + "\n".join(parts)
     print(text)
     atomic_write(out / "tables.md", text)
+    for figure in figures:
+        curves(*figure)
     print(f"written to {out / 'tables.md'}", file=sys.stderr)
 
 

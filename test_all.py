@@ -19,6 +19,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1613,6 +1614,7 @@ def test_tables_mark_what_is_not_the_papers(tmp_path):
     make_result(tmp_path / "6", "MMAML+KML", modes, x, x, lr=0.01)
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "result.json").write_text('{"method": "ModGrad"}')
+    make_result(tmp_path / "8", "MMAML", modes, x[::-1], x, algorithm="maml")       # modgrad.py's
     text = run("tables.py", tmp_path, "--out", tmp_path).stdout
     usual, synthetic = (re.search(rf"### MAML family, 2mode-dagger[^\n]*\n\n{words}4 test tasks.*?(?=\n#|\Z)", text, re.DOTALL).group()
                         for words in ("", r"\*\*Synthetic images.\*\* "))
@@ -1624,6 +1626,20 @@ def test_tables_mark_what_is_not_the_papers(tmp_path):
     assert "| MMAML+KML, `--lr 0.01` | " in usual
     assert "KML's Table" not in synthetic
     assert "omniglot, 5-way 1-shot" in text
+    assert text.count("| MMAML | ") == 2
+    for i in "12345678":
+        shutil.rmtree(tmp_path / i)
+    for seed, name, method, mode in ((3, "a", "MMAML", modes), (3, "b", "MAML", modes), (3, "c", "MAML", modes[:1]), (3, "d", "MAML", modes[1:])):
+        own = {"inner_lr": 0.01, "meta_batch": 4, "iterations": 80000} if len(mode) == 1 else {}
+        make_result(tmp_path / name, method, mode, x, x, first_order=True, seed=seed, **own)
+    text = run("tables.py", tmp_path, "--out", tmp_path).stdout         # what all have in common makes no variant
+    assert "All `--first-order --seed 3`. 4 test tasks" in text
+    assert "| MMAML - MAML |" in text
+    assert "| MAML - Multi-MAML |" in text
+    (tmp_path / "a" / "log.jsonl").unlink()
+    done = run("tables.py", tmp_path, "--out", tmp_path)
+    assert (done.returncode, "no curve of it" in done.stderr) == (0, True)
+    make_result(tmp_path / "1", "MMAML", modes, x, x)
     (tmp_path / "1" / "result.json").write_text('{"method": "MMAML", ')
     done = run("tables.py", tmp_path, "--out", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -1695,7 +1711,7 @@ def test_run_all_lists_every_cell():
     assert len(some) == 6 + 5
     quick = run_all("--dry-run", "--quick", "--synthetic", "--only", "*/multi-maml").stdout.splitlines()
     assert all("--quick --synthetic" in line and "--iterations" not in line and "runs/quick/synthetic/" in line for line in quick)
-    for words, said in ((["--only", "nothing"], "no cell"), (["--jobs", "0"], "--jobs 0"), (["--nonsense"], "--nonsense"), (["--out"], "value")):
+    for words, said in ((["--only", "nothing"], "no cell"), (["--only", ""], "empty"), (["--jobs", "00"], "--jobs 0"), (["--jobs", "x"], "--jobs x"), (["--nonsense"], "--nonsense"), (["--out"], "value")):
         done = run_all(*words)
         assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True)
 
@@ -1709,6 +1725,7 @@ def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
     done = run_all("--jobs", "2", *words)
     assert done.returncode == 1
     assert done.stdout.rstrip().endswith("kml/2mode/5shot/mprotonet (status 2)")
+    assert done.stdout.count("(status") == done.stdout.count("5shot/mprotonet (") == 1
     assert "is no checkpoint" in (bad / "output.txt").read_text()
     table = (tmp_path / "runs" / "tables.md").read_text()
     assert "**Synthetic images.**" in table
@@ -1724,17 +1741,21 @@ def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
     assert "| MProtoNet: missing |" not in (tmp_path / "runs" / "tables.md").read_text()
     assert run_all(*words).stdout.count("--out") == 0
     assert all(line.endswith("# finished") for line in run_all("--dry-run", *words).stdout.splitlines())
+    more = run_all("--synthetic", "--only", "kml/2mode/5shot/mprotonet", "--out", tmp_path / "runs", "--", *TINY[1:], "--cache-dir", cache,
+                   "--iterations", 10 ** 6, "--stop-after", 1)
+    assert more.returncode == 1
+    assert "kml/2mode/5shot/mprotonet (not at its end" in more.stdout
 
 
 def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
     words = ["--synthetic", "--only", "kml/2mode/5shot/*maml", "--out", tmp_path, "--", *TINY[1:], "--iterations", "1000000",
              "--cache-dir", cache]
     process = subprocess.Popen(["bash", str(HERE / "run_all.sh"), *map(str, words)], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, env=os.environ | {"PYTHON": sys.executable})
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHON": sys.executable}, start_new_session=True)
     out = tmp_path / "kml" / "2mode" / "5shot" / "maml"
     while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
         time.sleep(0.1)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)              # as a scheduler does: to the whole group
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopped; the same command continues" in said
