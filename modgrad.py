@@ -342,7 +342,7 @@ def init_params(args):
             layer, part = k.rsplit(".", 1)
             sizes = {"weight": dict(zip(("rows", "cols"), factors(args, layer))) if part == "weight" else {},
                      "bias": {"bias": len(params[k])}}.get(part, {part: params[k].numel()})
-            for factor, n in sizes.items():             # phi: Linear, ReLU, Linear (FACTS: the released code's sizes)
+            for factor, n in sizes.items():             # phi: Linear, ReLU, Linear; sizes of the released code
                 default(f"generator.{layer}.{factor}.1", n, args.context)
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
     elif args.algorithm == "metasgd":
@@ -358,7 +358,7 @@ def init_params(args):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, fast, loss, args, noisy): what is adapted so far, the support loss as a function of it, and `noisy`, which
-# passes a gradient through (or corrupts it: --gradient-noise). Each returns what is adapted then.
+# clips a gradient (and corrupts it, where task_loss is given noise). Each returns what is adapted then.
 
 def maml_step(params, fast, loss, args, noisy):
     """theta <- theta - alpha * gradient(theta)                                            (Finn et al., ICML 2017)"""

@@ -298,7 +298,8 @@ def curves(runs, singles, file):
     modes = runs[0]["modes"]
     figure, panels = plt.subplots(1, len(modes), figsize=(5 * len(modes) + 2, 4), squeeze=False, layout="constrained")
     alone = [run for (_, mode), run in singles.items() if mode in modes and len(modes) > 1]
-    colours = {name: f"C{i % 10}" for i, name in enumerate(sorted({label(run) for run in [*runs, *alone]}))}
+    styles = {name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+              for i, name in enumerate(sorted({label(run) for run in [*runs, *alone]}))}
     for mode, axis in zip(modes, panels[0]):
         for run in (run for run in sorted([*runs, *alone], key=label) if mode in run["modes"]):
             log = run["file"].parent / "log.jsonl"
@@ -310,7 +311,7 @@ def curves(runs, singles, file):
             lines = [(line["iteration"], line["accuracy"][mode]) for line in lines if mode in line["accuracy"]]
             of = max(1, len(lines) // 40)                   # at most about 40 points: fewer, less noisy ones
             points = np.array(lines[len(lines) % of:]).reshape(-1, of, 2).mean(1)
-            axis.plot(*points.T, color=colours[label(run)], label=label(run).replace("`", ""), linewidth=1.3)
+            axis.plot(*points.T, **styles[label(run)], label=label(run).replace("`", ""), linewidth=1.3)
         axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}

@@ -1862,23 +1862,62 @@ def test_no_absolute_paths():
         assert not re.search(r"(^|[^a-z.])/(work|tmp|root|home)/", path.read_text()), path
 
 
+RESULTS = HERE / "results"
+
+
 def test_committed_results_are_whole():
     """Each result file names its protocol, its tasks and its commit, and its means follow from its tasks."""
-    paths = list((HERE / "results").glob("**/result.json"))
+    paths, hashes = list(RESULTS.glob("**/result.json")), {}
     assert len(paths) >= 3
-    assert len({json.loads(path.read_text())["tasks_sha256"] for path in paths if "2mode/5shot" in str(path)}) == 1
-    readme, by_method = (HERE / "README.md").read_text(), {}
     for path in paths:
         result = json.loads(path.read_text())
         assert result["synthetic"] is False
         for key, tasks in (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive")):
-            assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
+            if result[tasks] is not None:
+                assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
         assert len(result["per_task"]) == result["test_tasks"]
         assert result["versions"]["commit"]
-        rows = [row for key in ("accuracy", "accuracy_inductive") for row in result[key].values()]
-        shown = re.search(rf"^\| {re.escape(result['method'])} \| \d.*$", readme, re.MULTILINE).group()
-        assert all(f"{row['mean']:.2f} ± {row['ci95']:.2f}" in shown for row in rows), result["method"]
-        by_method[result["method"]] = np.array(result["per_task"]), result["modes"]
-    for one, two in (("MMAML+KML", "MMAML"), ("MMAML+KML", "MAML"), ("MMAML", "MAML")):       # the same tasks: paired
-        row = kml.summary(by_method[one][0] - by_method[two][0], by_method[one][1])["overall"]
-        assert f"{one.removeprefix('MMAML+')} - {two} {row['mean']:+.2f} ± {row['ci95']:.2f}" in readme
+        assert (path.parent / "log.jsonl").exists()
+        setting = (*result["modes"], result["ways"], result["shots"], result["test_tasks"])
+        assert hashes.setdefault(setting, result["tasks_sha256"]) == result["tasks_sha256"], "not the same test tasks"
+
+
+def test_readme_says_what_the_result_files_say(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    runs = {"/".join(run["file"].relative_to(RESULTS).parts[:-1]): run for run in tables.read([RESULTS])}
+    for method in ("maml", "mmaml", "mmaml+kml"):
+        run_ = runs[f"28px/2mode/5shot/{method}"]
+        shown = re.search(rf"^\| {re.escape(run_['method'])} \| \d.*$", readme, re.MULTILINE).group()
+        for protocol in ("paper", "inductive"):
+            for modes in (run_["modes"], *([mode] for mode in run_["modes"])):
+                assert tables.show(tables.score(run_, protocol, modes)) in shown
+
+    def difference(one, two):
+        return tables.show(tables.difference(runs[one], runs[two], "paper", runs[one]["modes"]), "+")
+    for one, two in (("mmaml+kml", "mmaml"), ("mmaml+kml", "maml"), ("mmaml", "maml")):
+        assert f"{one.removeprefix('mmaml+').upper()} - {two.upper()} {difference(*(f'28px/2mode/5shot/{x}' for x in (one, two)))}" in readme
+    pairs = [re.findall(r"`([^`]*)`", line) for line in re.findall(r"<!-- (.*?) -->", readme)]
+    for one, two in pairs:                              # <!-- `run` `other run` -->: what is said next, for each seed
+        said = " and ".join(difference(f"residual/seed{seed}/{one}", f"residual/seed{seed}/{two}") for seed in (0, 1))
+        assert f"<!-- `{one}` `{two}` -->{said}" in readme.replace("\n", " "), f"{one} - {two}: {said}"
+    assert len(pairs) >= 4
+
+
+def test_committed_tables_are_those_of_the_result_files(tmp_path):
+    done = run("tables.py", RESULTS, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "tables.md").read_text()
+    assert text == (RESULTS / "tables.md").read_text()
+    by_seed = text[text.index("| configuration"):].split("\n\n")[0]
+    assert by_seed in (HERE / "README.md").read_text()
+    assert all((RESULTS / file).exists() for file in re.findall(r"\((curves[^)]*)\)", text))
+
+
+def test_readme_says_what_was_found_inside_the_modulation():
+    readme, found = (HERE / "README.md").read_text(), json.loads((RESULTS / "residual" / "modulation.json").read_text())
+    for row in found:
+        assert row["synthetic"] is False
+        change = [row["change"][k]["overall"] for k in ("its mode's mean", "the mean of all", "another mode's mean")]
+        cells = [f"{row['accuracy']['its own v']['overall']['mean']:.2f}", *(f"{x['mean']:+.2f} ± {x['ci95']:.2f}" for x in change)]
+        name = "W * M" if row["no_residual"] else "W * (1 + M)"
+        assert f"| {name}, seed {row['seed']} | {' | '.join(cells)} |" in readme
