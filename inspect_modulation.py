@@ -33,7 +33,11 @@ def load(folder):
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         fail(f"there is no {path}: train first, or name the folder of a run")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["identity"]["method"], checkpoint["params"], checkpoint["iteration"]
+    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
+        fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a finished run")
     if checkpoint["identity"]["method"] not in SCRIPTS:
         fail(f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M")
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])

@@ -370,7 +370,8 @@ def main():
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
-    text = "# KML: tables from result files\n\n" + "\n".join(parts)
+    text = ("# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
+            "bench.py measures speed.\n\n" + "\n".join(parts))
     print(text)
     atomic_write(out / "tables.md", text)
     for figure in figures:

@@ -389,6 +389,23 @@ def test_no_residual_multiplies_by_m_alone():
     torch.testing.assert_close(omega["conv4.weight"], g["weight"] @ v + g["bias"])
 
 
+def test_whose_steps_no_residual_makes_larger():
+    """README's reading: relative to the kernel, without the residual those of the generator, about a hundredfold, not W's."""
+    change = {}
+    for words in ([], ["--no-residual"]):
+        args = get_args(mprotonet, "--device", "cpu", "--image-size", 16, *words)
+        params = mprotonet.init_params(args)
+        v, base = mprotonet.encode_task(params, make_task(size=16, dtype=torch.float32).support_x), mprotonet.group(params, "base")
+        kernel = lambda params, base=base, v=v, args=args: mprotonet.modulate(
+            mprotonet.group(params, "base"), mprotonet.modulation(params, v), 0 if args.no_residual else 1)["conv3.weight"]
+        here, rng = kernel(params), torch.Generator().manual_seed(0)
+        for part in ("generator.", "conv3"):            # a first step of Adam: the learning rate, up or down, for each entry
+            moved = {k: w + 1e-3 * (torch.rand(w.shape, generator=rng) - 0.5).sign() if k.startswith(part) else w for k, w in params.items()}
+            change[part, bool(words)] = ((kernel(moved) - here).norm() / here.norm()).item()
+    assert 40 < change["generator.", True] / change["generator.", False] < 400
+    assert 0.7 < change["conv3", True] / change["conv3", False] < 1.4
+
+
 def test_what_the_query_pass_is_modulated_by(monkeypatch):
     """--embed support, query, constant, and --no-residual as task_loss uses them: the kernels of each pass."""
     original, used = mprotonet.forward, []
@@ -730,7 +747,9 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch):
     np.testing.assert_allclose(again["found"][0]["LR"], row["LR"], atol=2e-2)        # half precision
     for bad, said in ((["--checkpoint", tmp_path / "none"], "there is no"), (["--checkpoint", tmp_path / "kml"], "run of MMAML+KML"),
                       (["--checkpoint", tmp_path / "run", "--at", "5"], "--keep-every 1"), (["--checkpoint", tmp_path / "run", "--alpha", "x"], "--alpha"),
-                      (["--checkpoint", tmp_path / "run", "--source-tasks", "1"], "--source-tasks")):
+                      (["--checkpoint", tmp_path / "run", "--source-tasks", "1"], "--source-tasks"),
+                      (["--checkpoint", tmp_path / "run", "--device", "cuda:99"], "choose from cpu"),
+                      (["--checkpoint", tmp_path / "run", "--source-tasks", "2", "--target-tasks", "2", "--out", files[0]], "--out")):
         done = run("transference.py", *bad, "--cache-dir", cache)
         assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True), done.stderr
 
@@ -1581,6 +1600,8 @@ def test_tables_are_exactly_as_expected(tmp_path):
     expected = """\
 # KML: tables from result files
 
+*s an iteration* is each run's own clock, whatever else its machine was doing; bench.py measures speed.
+
 ### ProtoNet family, 2mode (omniglot + miniimagenet), 5-way 5-shot
 
 **42 px instead of 84, 4,000 iterations of 4 tasks instead of 30,000 of 10.** 4 test tasks; accuracy in %, 95 % interval over tasks.
@@ -1781,6 +1802,9 @@ def test_inspect_modulation(tmp_path, cache, monkeypatch):
     assert math.isclose(constant["M"]["conv3"]["size"], M.square().mean().sqrt(), rel_tol=1e-5)
     done = run("inspect_modulation.py", tmp_path / "none")
     assert (done.returncode, "run of ProtoNet" in done.stderr) == (2, True)
+    (tmp_path / "none" / "checkpoint.pt").write_bytes(b"rubbish")
+    done = run("inspect_modulation.py", tmp_path / "none")
+    assert (done.returncode, done.stderr.count("\n"), "is no checkpoint" in done.stderr) == (2, 1, True)
 
 
 def readme_blocks(language):

@@ -78,6 +78,9 @@ def get_args(argv=None):
     for name in ("source_tasks", "target_tasks"):
         if getattr(args, name) < 2:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 2 on")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device not in devices:
+        fail(f"--device {args.device}: not there; choose from {' '.join(devices)}")
     if args.alpha != "auto":
         try:
             args.alpha = float(args.alpha)
@@ -140,7 +143,10 @@ def states(place, at, device):
         elif Path(place).is_file():
             continue                                        # an exported file is one moment
         elif wanted in kept:
-            params = torch.load(kept[wanted], map_location="cpu", weights_only=True)
+            try:
+                params = torch.load(kept[wanted], map_location="cpu", weights_only=True)
+            except Exception as error:  # noqa: BLE001
+                fail(f"{kept[wanted]} is damaged ({type(error).__name__}): delete it, or give another --at")
         else:
             fail(f"{place} has no params-{wanted}.pt (kept: {sorted(kept) or 'none'}): train with --keep-every "
                  f"{math.gcd(wanted, of)}, or give --at final")
@@ -372,7 +378,10 @@ def main():
     source_episodes, sources = tasks_of(args, options, args.source, "train", args.source_tasks)
     target_episodes, targets = tasks_of(args, options, args.target, "test", args.target_tasks)
     _, validation = tasks_of(args, options, args.target, "val", args.target_tasks)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}; give another folder")
     print(f"transference, {setting}, step on {args.update} parameters\n")
     print("| state | alpha | positive, % | negative, % | neutral, % | LR < 1, % | mean LR | median LR | self-transference |")
     print("|" + " --- |" * 9)
