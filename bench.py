@@ -18,6 +18,13 @@ train     Milliseconds of one training iteration of each script, everything incl
                       graphs kept until one backward at the end; from our sampler
             decoding  the same, fed by the loader's rival: what the released repositories do
           Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks.
+
+variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
+            loop      one task after another, backward after each: what the scripts do on a CPU
+            vmap      all tasks together, each convolution a grouped one: what the scripts do on a GPU
+            unfold    vmap, each convolution written as unfold and a batched matrix product
+            compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
+            captured  the loop, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
 """
 import argparse
 import importlib
@@ -31,6 +38,7 @@ import resource
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,6 +48,7 @@ from PIL import Image
 import data
 
 BATCH = 10          # tasks assembled together by our sampler: the papers' meta-batch
+VARIANTS = ("loop", "vmap", "unfold", "compiled", "captured")
 SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}           # and the modulation measured
 
 
@@ -334,6 +343,75 @@ def bench_train(name, args, shots):
     return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples, "peak_MiB": round(memory, 1)}
 
 
+# --------------------------------------------------------------------------------------------------------- variants
+def unfold_conv2d(x, W, b, stride, padding):
+    """F.conv2d with the patches of the images as columns: images (n, C_in, H, W) -> (n, C_out, H', W')."""
+    height, width = ((s + 2 * padding - W.shape[-1]) // stride + 1 for s in x.shape[-2:])
+    columns = F.unfold(x, W.shape[-1], padding=padding, stride=stride)              # (n, C_in * 9, H' * W')
+    return (W.flatten(1) @ columns + b[:, None]).unflatten(-1, (height, width))
+
+
+def prepare_variant(variant, module, options, params, batch, **compiler):
+    """-> gradients(batch): adds those of the tasks' mean loss to .grad. `batch` is an example; `compiler`: for torch.compile."""
+    def unfolded(batch):
+        with mock.patch.object(F, "conv2d", unfold_conv2d):
+            module.run_tasks(params, batch, options, True)
+
+    def together(params, batch):
+        return torch.func.vmap(lambda task: module.task_loss(params, task, options)[0])(batch).mean()
+    if variant == "compiled":
+        compiled = torch.compile(together, **compiler)
+        return lambda batch: compiled(params, batch).backward()
+    if variant == "captured":
+        return capture(module, options, params, batch)
+    return {"loop": lambda batch: module.run_tasks(params, batch, options, False), "unfold": unfolded,
+            "vmap": lambda batch: module.run_tasks(params, batch, options, True)}[variant]
+
+
+def capture(module, options, params, batch):
+    """The loop over tasks as a CUDA graph -> gradients(batch), which sets .grad, in the same memory every time."""
+    held = data.Task(*(x.clone() for x in batch))       # what the graph reads
+
+    def loop():
+        for w in params.values():
+            w.grad = None                               # so that the first backward sets it, and the next ones add to it
+        module.run_tasks(params, held, options, False)
+    side = torch.cuda.Stream()                          # PyTorch wants a few runs on another stream first
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loop()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop()
+    made = {k: w.grad for k, w in params.items()}
+
+    def gradients(batch):
+        for to, x in zip(held, batch):
+            to.copy_(x)
+        graph.replay()
+        for k, w in params.items():
+            w.grad = made[k]
+    return gradients
+
+
+def bench_variants(name, args, shots):
+    """One script at one shape -> {variant: [milliseconds of each round]}, in alternation."""
+    _, sample, module, options, params = prepare_step(name, args, shots)
+    samples, example = {variant: [] for variant in args.variants}, sample()
+    calls = {variant: prepare_variant(variant, module, options, params, example) for variant in args.variants}
+    for number in range(args.rounds + 1):
+        for variant, gradients in calls.items():
+            batch = sample()
+            took = clock(lambda gradients=gradients, batch=batch: gradients(batch), args.device)
+            if number:                                  # round 0 warms up, and compiles
+                samples[variant].append(took)
+            for w in params.values():
+                w.grad = None
+    return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples}
+
+
 def profile(name, args, shots):
     step = prepare_step(name, args, shots)[0]
     for _ in range(3):
@@ -343,6 +421,15 @@ def profile(name, args, shots):
     by = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
     print(f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot\n"
           + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
+
+
+def variants_table(rows, args):
+    """What bench_variants found -> Markdown: medians, and in brackets the smallest and largest."""
+    lines = [f"| script | shots | {' | '.join(f'{variant}, ms' for variant in args.variants)} |", "|" + " --- |" * (2 + len(args.variants))]
+    for row in rows:
+        cells = [f"{statistics.median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row["samples"].values()]
+        lines.append(f"| {row['script']}.py --modulation {row['modulation']} | {row['shots']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def train_table(rows, args):
@@ -363,8 +450,9 @@ def train_table(rows, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=["loader", "train"])
-    parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train")
+    parser.add_argument("part", choices=["loader", "train", "variants"])
+    parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, nargs="+", default=[5])
@@ -384,6 +472,9 @@ def main():
     parser.add_argument("--json", help="write every sample and the versions to this file")
     parser.error = data.fail
     args = parser.parse_args()
+    args.variants = args.variants or (VARIANTS[:3] if args.device == "cpu" else VARIANTS)
+    if "captured" in args.variants and args.device == "cpu":
+        data.fail("--variants captured: a CUDA graph needs --device cuda:0; leave it out")
     args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
     setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
     record = {}
@@ -394,8 +485,12 @@ def main():
         return
     if args.part == "train":
         record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
-        print(f"train: {setting}, {args.meta_batch} tasks an iteration, {args.precision}, on {args.device} with "
-              f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{train_table(record['train'], args)}")
+    if args.part == "variants":
+        record["variants"] = [bench_variants(name, args, shots) for name in args.scripts for shots in args.shots]
+    for part, table in (("train", train_table), ("variants", variants_table)):
+        if part in record:
+            print(f"{part}: {setting}, {args.meta_batch} tasks an iteration, {args.precision}, on {args.device} with "
+                  f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{table(record[part], args)}")
     for shots in args.shots if args.part == "loader" else ():
         samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
         medians = {name: statistics.median(values) for name, values in samples.items()}

@@ -218,6 +218,28 @@ def test_loop_and_vmap_agree(module, modulation):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("variant", bench.VARIANTS)
+@pytest.mark.parametrize("module, modulation", [(kml, "kml"), (mmaml, "film"), (mprotonet, "kml")])
+def test_the_benchmarks_variants_compute_the_same(module, modulation, variant):
+    """Gradients of one meta-batch, float64: the loop is the reference; a second batch, as a graph is recorded with the first."""
+    device = "cuda:0" if variant == "captured" else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("a CUDA graph needs a GPU")
+    args, params = make_params(module, modulation, "--device", device)
+    params = {k: w.detach().to(device).requires_grad_() for k, w in params.items()}
+    first, second = (Task(*(x.to(device) for x in make_task(seed=seed, tasks=2))) for seed in (0, 1))
+    module.run_tasks(params, second, args, False)
+    expected = {k: w.grad.clone() for k, w in params.items()}
+    compiler = {"backend": "eager"} if variant == "compiled" else {}            # as traced, without generating code
+    gradients = bench.prepare_variant(variant, module, args, params, first, **compiler)
+    for batch in (first, second):
+        for w in params.values():
+            w.grad = None
+        gradients(batch)
+    for k, w in params.items():
+        torch.testing.assert_close(w.grad, expected[k], rtol=1e-9, atol=1e-11)
+
+
 def test_first_order_holds_the_inner_gradients_constant():
     """The first-order gradient is the query gradient at the adapted parameters (Finn et al. 2017, Section 5.2)."""
     args, params = make_params(kml, "none", "--first-order", "--inner-lr", 0.1)
@@ -1489,6 +1511,18 @@ def test_bench_says_what_it_measured(tmp_path, cache):
         middle = {k: np.median(values) for k, values in row["samples"].items()}
         floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
         assert f"| {floor / middle['ours']:.2f} | {middle['plain'] / middle['ours']:.2f} |" in line
+
+
+def test_bench_variants(tmp_path, cache):
+    words = ["bench.py", "variants", "--synthetic", "--scripts", "mprotonet", "--image-size", 16, "--shots", 1, "--rounds", 2,
+             "--meta-batch", 2, "--cache-dir", cache]
+    done = run(*words, "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "bench.json").read_text())["variants"]
+    assert list(found["samples"]) == ["loop", "vmap", "unfold"]
+    assert all(len(x) == 2 and f"{np.median(x):.4g} ({min(x):.4g} to {max(x):.4g})" in done.stdout for x in found["samples"].values())
+    done = run(*words, "--variants", "captured", "--device", "cpu")
+    assert (done.returncode, done.stderr.count("\n"), "CUDA graph" in done.stderr) == (2, 1, True)
 
 
 def test_data_tool(tmp_path, cache):
