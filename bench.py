@@ -2,6 +2,7 @@
 
     python bench.py loader --synthetic                      # nothing to download
     python bench.py train --modes omniglot miniimagenet --shots 1 5 --json bench.json
+    python bench.py steps --modes miniimagenet --shots 1 5
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
@@ -25,8 +26,13 @@ variants  Milliseconds of the gradients of one meta-batch, by the ways in which 
             unfold    vmap, each convolution written as unfold and a batched matrix product
             compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
             captured  the loop, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
+
+steps     Milliseconds and memory of one inner step of each algorithm of modgrad.py, adapting to one task at test time, beside
+          MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) What comes before the
+          first adapted layer is run once a task and does not count.
 """
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -46,9 +52,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import modgrad
 
 BATCH = 10          # tasks assembled together by our sampler: the papers' meta-batch
 VARIANTS = ("loop", "vmap", "unfold", "compiled", "captured")
+ADAPTATIONS = [["--algorithm", "maml"], ["--algorithm", "maml", "--adapt", "conv3", "conv4"],
+               *(["--algorithm", algorithm] for algorithm in ("modgrad", "metasgd", "cavia", "tnet"))]
 SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}           # and the modulation measured
 
 
@@ -276,10 +285,10 @@ def prepare_plain(module, options, draw):
     return step
 
 
-def peak_memory(name, args, shots):
-    """Most memory that a training step needs, in MiB: what is allocated on a GPU; on a CPU, where this must be called in a
-    process of its own, how much its resident memory has grown beyond that before the step."""
-    step = prepare_step(name, args, shots)[0]
+def peak_memory(prepare, name, args, shots):
+    """Most memory that the step of prepare(name, args, shots) needs, in MiB: what is allocated on a GPU; on a CPU, where this
+    must be called in a process of its own, how much its resident memory has grown beyond that before the step."""
+    step = prepare(name, args, shots)[0]
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -339,7 +348,7 @@ def bench_train(name, args, shots):
     samples["evaluation of 1,000 tasks"] = [clock(lambda: module.evaluate(params, test, count, options), args.device)
                                             * 1000 / count for _ in range(args.rounds)]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        memory = pool.apply(peak_memory, (name, args, shots))
+        memory = pool.apply(peak_memory, (prepare_step, name, args, shots))
     return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples, "peak_MiB": round(memory, 1)}
 
 
@@ -423,6 +432,58 @@ def profile(name, args, shots):
           + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
 
 
+# ------------------------------------------------------------------------------------------------------------ steps
+def prepare_adaptation(words, args, shots):
+    """-> step(): one inner step for one task, by the algorithm that `words` name; and its arguments."""
+    options = modgrad.get_args([str(word) for word in (
+        *words, "--steps", 1, "--modes", *args.modes, "--ways", args.ways, "--shots", shots, "--queries", args.queries, "--image-size",
+        args.image_size, "--data-root", args.data_root, "--cache-dir", args.cache_dir, "--device", args.device, "--out", "-",
+        *["--synthetic"] * args.synthetic)])
+    params = {k: w.to(options.device) for k, w in modgrad.init_params(options).items()}
+    task = data.Task(*(x[0] for x in data.Episodes.of(options, "test").tasks(0, 1)))
+    function, seen = modgrad.STEPS[options.algorithm], []
+
+    def stop(*inner):                                   # what task_loss gives to a step; then no further, for the memory's sake
+        seen.extend(inner)
+        raise StopIteration
+    with mock.patch.dict(modgrad.STEPS, {options.algorithm: stop}), torch.no_grad(), contextlib.suppress(StopIteration):
+        modgrad.task_loss(params, task, options)
+
+    @torch.no_grad()
+    def step():
+        function(*seen)
+    return step, options
+
+
+def bench_steps(args, shots):
+    """-> a row for each of ADAPTATIONS: {"algorithm", "adapts", "samples": milliseconds of each round, "peak_MiB"}."""
+    found = []
+    for words in ADAPTATIONS:
+        step, options = prepare_adaptation(words, args, shots)
+        found.append((step, {"algorithm": options.method, "adapts": " ".join(options.adapt) or "its context", "shots": shots, "samples": []}))
+    for number in range(args.rounds + 1):
+        for step, row in found:
+            took = clock(step, args.device, args.repeat)
+            if number:
+                row["samples"].append(took)
+    for words, (_, row) in zip(ADAPTATIONS, found):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row["peak_MiB"] = round(pool.apply(peak_memory, (prepare_adaptation, words, args, shots)), 1)
+    return [row for _, row in found]
+
+
+def steps_table(rows, args):
+    """What bench_steps found -> Markdown."""
+    lines = ["| inner step | adapts | shots | ms | beside MAML | beside MAML on the same layers | peak MiB |", "|" + " --- |" * 7]
+    middle = {(row["shots"], row["algorithm"]): statistics.median(row["samples"]) for row in rows}
+    for row in rows:
+        same = middle.get((row["shots"], f"MAML on {row['adapts'].replace(' ', '+')}"))
+        ms, low, high = middle[row["shots"], row["algorithm"]], min(row["samples"]), max(row["samples"])
+        lines.append(f"| {row['algorithm']} | {row['adapts']} | {row['shots']} | {ms:.4g} ({low:.4g} to {high:.4g}) | "
+                     f"{ms / middle[row['shots'], 'MAML']:.2f} | {f'{ms / same:.2f}' if same else '-'} | {row['peak_MiB']:.0f} |")
+    return "\n".join(lines)
+
+
 def variants_table(rows, args):
     """What bench_variants found -> Markdown: medians, and in brackets the smallest and largest."""
     lines = [f"| script | shots | {' | '.join(f'{variant}, ms' for variant in args.variants)} |", "|" + " --- |" * (2 + len(args.variants))]
@@ -450,7 +511,7 @@ def train_table(rows, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=["loader", "train", "variants"])
+    parser.add_argument("part", choices=["loader", "train", "variants", "steps"])
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
@@ -487,9 +548,12 @@ def main():
         record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
     if args.part == "variants":
         record["variants"] = [bench_variants(name, args, shots) for name in args.scripts for shots in args.shots]
-    for part, table in (("train", train_table), ("variants", variants_table)):
+    if args.part == "steps":
+        record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
+    for part, table in (("train", train_table), ("variants", variants_table), ("steps", steps_table)):
         if part in record:
-            print(f"{part}: {setting}, {args.meta_batch} tasks an iteration, {args.precision}, on {args.device} with "
+            batch = f"{args.meta_batch} tasks an iteration, " * (part != "steps")
+            print(f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "
                   f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{table(record[part], args)}")
     for shots in args.shots if args.part == "loader" else ():
         samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)

@@ -51,7 +51,8 @@ METHODS = {"modgrad": "ModGrad", "maml": "MAML", "metasgd": "Meta-SGD", "cavia":
 PARTS = ("base", "encoder", "generator")            # of the parameters; no algorithm here has an encoder
 PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in all published numbers",
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
-QUICK = {"image_size": 28, "channels": 32, "iterations": 220, "lr_halve_every": 0, "test_tasks": 200, "val_every": 0}
+QUICK = {"image_size": 28, "channels": 32, "iterations": 220, "lr_halve_every": 0, "test_tasks": 200, "val_every": 100,
+         "keep_every": 100}
 TABLE, PAPER = "ModGrad's Table 2", defaultdict(dict, {      # mini-ImageNet, accuracy in %, 5 ways, (1-shot, 5-shot)
     "ModGrad": {"M": (53.20, 69.17)}, "ModGrad, wrn28-10": {"M": (65.72, 81.17)}, "MAML": {"M": (47.89, 64.59)},
     "Meta-SGD": {"M": (50.50, 64.00)}, "CAVIA": {"M": (51.82, 65.85)},      # CAVIA's with 512 channels
@@ -98,8 +99,9 @@ def get_args(argv=None):
     p.add_argument("--lr-halve-every", type=int, default=3333, help="iterations; 0 is never (P: 10,000 episodes)")
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes together (P: 600)")
-    p.add_argument("--val-every", type=int, default=3333, help="iterations; 0 is never (P: 10,000 episodes)")
-    p.add_argument("--val-tasks", type=int, default=100, help="over all modes together")
+    p.add_argument("--augment", action="store_true", help="crop, mirror, recolour training images (P: the deep networks)")
+    p.add_argument("--val-every", type=int, default=1000, help="iterations; 0 is never")
+    p.add_argument("--val-tasks", type=int, default=200, help="over all modes together")
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
@@ -109,7 +111,8 @@ def get_args(argv=None):
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
     p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
-    p.add_argument("--keep-every", type=int, default=0, help="iterations between kept parameters")
+    p.add_argument("--keep-every", type=int, default=1000, help="iterations between kept parameters, of which those "
+                   "best on validation classes are tested too; 0 keeps none")
     p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
@@ -139,6 +142,9 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all, 'last two', {' '.join(layers)}")
     if args.algorithm == "cavia" and args.backbone != "conv4":
         fail(f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4")
+    if args.keep_every and args.val_every and (args.val_every % args.log_every or args.keep_every % args.val_every):
+        fail(f"--val-every {args.val_every} --keep-every {args.keep_every} --log-every {args.log_every}: parameters that are kept "
+             "must be validated: give multiples, each of the next; or --keep-every 0")
     if not args.adapt and args.algorithm != "cavia":
         fail("--adapt context is CAVIA's: name layers")
     if args.algorithm == "modgrad" and "all" in args.adapt:
@@ -464,6 +470,49 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     return loss, logits, run_blocks(adapted, query_x, Norm(norm.used), args)
 
 
+def augment(batch, number, args):
+    """--augment: the images of training batch `number` -> the batch, each image cropped (to 60 to 100 % of its side), mirrored
+    by chance, changed in brightness, contrast and saturation by up to 40 %: what is usual for the deep networks since Qiao et
+    al., CVPR 2018 (the paper gives no amounts). Drawn from seed and `number`, so that a run continued is the same run."""
+    if not args.augment:
+        return batch
+    rng = torch.Generator().manual_seed(1_000_003 * args.seed + number)
+
+    def change(x):                                                                      # (T, n, 3, S, S)
+        images = x.flatten(0, 1)
+        crop, right, down, mirror, *jitter = torch.rand(7, len(images), generator=rng).to(x.device)
+        crop = 1 - 0.4 * crop
+        zero, flip = torch.zeros_like(crop), torch.where(mirror < 0.5, -crop, crop)
+        rows = [flip, zero, (2 * right - 1) * (1 - crop), zero, crop, (2 * down - 1) * (1 - crop)]
+        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        brightness, contrast, saturation = ((0.6 + 0.8 * u)[:, None, None, None] for u in jitter)
+        images = images * brightness
+        for strength, axes in ((contrast, (1, 2, 3)), (saturation, 1)):         # about the image's mean, each pixel's grey
+            mean = images.mean(axes, keepdim=True)
+            images = mean + strength * (images - mean)
+        return images.clamp(0, 1).view_as(x)
+    return batch._replace(support_x=change(batch.support_x), query_x=change(batch.query_x))
+
+
+def best_on_validation(test, args):
+    """Of the parameters kept along training, those of the highest validation accuracy (paper protocol), on the test tasks ->
+    what result.json says of them; None where none were validated. They stand beside the last parameters, never for them."""
+    out, found = Path(args.out), []
+    log = out / "log.jsonl"
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+        file = out / f"params-{line['iteration']}.pt"
+        if "validation" in line and file.exists():
+            found.append((line["validation"]["paper"]["overall"]["mean"], -line["iteration"], file))
+    if not found:
+        return None
+    accuracy, iteration, file = max(found)                                              # the earliest of equals
+    params = {k: w.to(args.device) for k, w in torch.load(file, map_location="cpu", weights_only=True).items()}
+    rows = evaluate(params, test, args.test_tasks, args)
+    return {"iteration": -iteration, "validation": accuracy, "accuracy": summary(rows[0], args.modes),
+            "accuracy_inductive": summary(rows[1], args.modes), "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist()}
+
+
 # ============================================================================================================
 # Below this line every script has the same text: running tasks, training, evaluation, files.
 
@@ -552,7 +601,7 @@ def train(params, args, checkpoint, stop):
         while not ending:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
+            losses, accuracies = run_tasks(params, augment(episodes.tasks(done * T, T), done, args), args, args.device != "cpu")
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
@@ -606,6 +655,10 @@ def report(result, args):
         both = row, (result["accuracy_inductive"] or {}).get(name)
         cells = [f"{x['mean']:.2f} +- {x['ci95']:.2f}" if x else "-" for x in both]
         print(f"{name:16}{cells[0]:18}{cells[1]:18}{paper if name == 'overall' else ''}")
+    if best := result.get("best_on_validation"):
+        cells = [f"{best[key]['overall']['mean']:.2f} +- {best[key]['overall']['ci95']:.2f}" for key in ("accuracy", "accuracy_inductive")]
+        print(f"{'best on val.':16}{cells[0]:18}{cells[1]:18}overall, after {best['iteration']} iterations: the highest validation "
+              f"accuracy of those kept")
 
 
 def main():
@@ -642,7 +695,8 @@ def main():
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
                          "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
             "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist() if rows[1:] else None,
-            "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)]}
+            "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)],
+            "best_on_validation": best_on_validation(test, args)}
         atomic_write(file, json.dumps(result))
     report(result, args)
 

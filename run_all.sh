@@ -92,6 +92,34 @@ for mode in omniglot miniimagenet fc100 cub aircraft; do
     done
 done
 
+# ModGrad, Conv-4 on mini-ImageNet: Table 2 and, of the same runs, Figure 9 (see the end); MAML on ModGrad's two layers with its
+# step is the control that the paper lacks. Then the deep network of Table 2, Table 4 (a model for each number of steps), Table 5
+# (columns u), and Figure 6 (first-order MAML of 5 to 30 steps, more shots, ResNet-34 at 224 pixels over twice as many episodes; the
+# archives of mini-ImageNet that data.py takes hold 84 pixels, which are enlarged).
+for shots in 1 5; do
+    to="--modes miniimagenet --shots $shots"
+    for algorithm in modgrad maml metasgd cavia tnet; do
+        cell "modgrad/table2/${shots}shot/$algorithm" "" modgrad.py "$to" --algorithm $algorithm
+    done
+    cell "modgrad/table2/${shots}shot/maml-same-layers" "" modgrad.py "$to" --algorithm maml --adapt conv3 conv4 --steps 1 --alpha 0.1
+    cell "modgrad/table2/${shots}shot/modgrad-wrn28-10" "" modgrad.py "$to" --backbone wrn28-10 --augment
+    for steps in 2 3 4 5; do cell "modgrad/table4/${shots}shot/modgrad-${steps}steps" "" modgrad.py "$to" --steps $steps; done
+    for rank in 1 10; do cell "modgrad/table5/${shots}shot/modgrad-u$rank" "" modgrad.py "$to" --rank $rank; done
+done
+for steps in 5 10 20 30; do
+    maml="--algorithm maml --first-order --steps $steps" deep="--backbone resnet34 --augment"
+    for shots in 5 10 15 20; do
+        to="--modes miniimagenet --shots $shots"
+        cell "modgrad/figure6/${shots}shot/maml-${steps}steps" "" modgrad.py "$to" "$maml"
+        if [ $steps = 5 ] && [ $shots != 5 ]; then cell "modgrad/figure6/${shots}shot/modgrad" "" modgrad.py "$to"; fi
+    done
+    for shots in 1 5; do
+        to="--modes miniimagenet --shots $shots" budget="--image-size 224 --iterations 33333"
+        cell "modgrad/figure6/${shots}shot/maml-resnet34-${steps}steps" "$budget" modgrad.py "$to" "$maml" "$deep"
+        if [ $steps = 5 ]; then cell "modgrad/figure6/${shots}shot/modgrad-resnet34" "$budget" modgrad.py "$to" "$deep"; fi
+    done
+done
+
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 
@@ -151,6 +179,16 @@ while [ -n "$(jobs -rp)" ]; do wait; done
 if [ -n "$stopped" ]; then echo "stopped; the same command continues"; exit 1; fi
 for i in "${!names[@]}"; do     # --stop-after, or a signal to the cell itself
     if ! finished "$i" && ! grep -qF "${names[$i]} (" "$failures"; then failed "$i" "not at its end; the same command continues"; fi
+done
+for shots in 1 5; do     # ModGrad's Figure 9, of the runs on Conv-4 that are there
+    runs=() figure="$folder/modgrad/figure9/${shots}shot"
+    for i in "${!names[@]}"; do
+        case "${names[$i]}" in modgrad/table2/${shots}shot/*wrn*) ;; modgrad/table2/${shots}shot/*) if finished "$i"; then runs+=("$folder/${names[$i]}"); fi ;; esac
+    done
+    newest=$(for run in ${runs[@]+"${runs[@]}"}; do ls -t "$run/result.json"; done | xargs -r -d '\n' ls -t | head -1)
+    if [ ${#runs[@]} -gt 1 ] && ! [ "$figure/gradients.json" -nt "$newest" ]; then
+        "$PYTHON" inspect_gradients.py "${runs[@]}" --gradient-noise 0.01 0.03 0.1 0.3 1 --spectrum --out "$figure" || failed "$i" "its figure 9"
+    fi
 done
 "$PYTHON" tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
 status=$?

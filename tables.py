@@ -1,9 +1,10 @@
-"""Result files -> the KML paper's tables with the paper's numbers beside ours, and training curves.
+"""Result files -> the tables of the KML and ModGrad papers with the papers' numbers beside ours, and figures.
 
     python tables.py [FOLDER ...] [--out results]
 
 reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
-<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations.
+<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations, and
+ModGrad's Figure 6 where there are several numbers of shots.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
 iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+import modgrad
 from data import atomic_write, fail
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -68,6 +70,14 @@ OPTIONS = {"lr": 1e-3, "no_norm_affine": False, "first_order": False, "inner_cli
 HALVING = {"MAML": 0, "ProtoNet": 10000}
 MULTI_MAML = {"omniglot": {"inner_lr": 0.4, "inner_steps": 1}, "": {"inner_lr": 0.01}}
 BUDGET = {"image_size": 84, "channels": 32, "queries": 15, "precision": "fp32"}
+MODGRAD = {     # ModGrad paper, Table 2, 4 (steps) and 5 (u): accuracy and, if given, interval in %, 1-shot and 5-shot
+    "ModGrad": ((53.20, 0.86), (69.17, 0.69)), "MAML": ((47.89, 1.20), (64.59, 0.88)), "Meta-SGD": ((50.50, 1.90), (64.00, 0.90)),
+    "CAVIA": ((51.82, 0.65), (65.85, 0.55)), "T-Net": ((51.70, 1.84), None),                # CAVIA's with 512 channels
+    "ModGrad, wrn28-10, `--augment`": ((65.72, 0.21), (81.17, 0.20)),
+    "ModGrad, `--steps 2`": (52.66, 68.80), "ModGrad, `--steps 3`": (53.54, 68.42), "ModGrad, `--steps 4`": (52.87, 68.34),
+    "ModGrad, `--steps 5`": (52.76, 68.24), "ModGrad, `--rank 1`": (53.13, 68.43), "ModGrad, `--rank 10`": (52.53, 67.62)}
+MODGRAD_BUDGET = {"image_size": 84, "channels": 64, "queries": 15, "precision": "fp32"}
+MODGRAD_EPISODES = {"conv4": 50000, "resnet34": 100000, "wrn28-10": 50000}
 UNITS = {"image_size": "px", "channels": "channels in layer 1", "queries": "queries a class", "precision": "precision"}
 ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}          # and tasks in each
 MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}         # of Multi-MAML
@@ -289,6 +299,124 @@ def title(run):
     return f"{run['family']} family, {name}{f' ({modes})' * (name in SETTINGS)}, {run['ways']}-way {run['shots']}-shot"
 
 
+# ------------------------------------------------------------------------------------------------------- ModGrad
+def read_modgrad(folders):
+    """All runs of modgrad.py under the folders -> list of dicts, whose `scores` are {protocol: {mode: array}} of the last
+    parameters, `best` the same of those best on validation classes, or None."""
+    runs = []
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = json.loads(file.read_text())
+            if "algorithm" not in run.get("args", {}):
+                continue
+            args, modes, best = run["args"], run["modes"], run.get("best_on_validation")
+            steps, alpha, _ = modgrad.DEFAULTS[args["algorithm"]]
+            usual = {"steps": steps, "alpha": alpha, "rank": 5, "context": 100 if args["algorithm"] == "cavia" else 300, "lr": 1e-3,
+                     "lr_halve_every": 3333, "inner_clip": 20.0, "first_order": False, "augment": False}
+            scores = [{protocol: {mode: np.array(x[key][m::len(modes)]) for m, mode in enumerate(modes)}
+                       for protocol, key in (("paper", "per_task"), ("inductive", "per_task_inductive"))} for x in (run, best) if x]
+            episodes = run["iterations"] * args["meta_batch"]
+            runs.append({
+                "method": run["method"], "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"],
+                "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, run["data"])),
+                "budget": tuple((k, args.get(k, v)) for k, v in MODGRAD_BUDGET.items())
+                + (("episodes", "paper" if round(episodes, -3) == MODGRAD_EPISODES[args["backbone"]] else episodes),
+                   ("synthetic", run["synthetic"])),
+                "scores": scores[0], "best": {"scores": scores[1], "iteration": best["iteration"]} if best else None,
+                "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"]})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+    return runs
+
+
+def modgrad_budget_text(budget):
+    """What is not the paper's -> Markdown, "" if nothing is."""
+    budget = dict(budget)
+    words = [f"{budget[key]} {UNITS[key].replace('layer 1', 'each layer')} instead of {usual}"
+             for key, usual in MODGRAD_BUDGET.items() if budget[key] != usual]
+    if budget["episodes"] != "paper":
+        words.append(f"{budget['episodes']:,} episodes instead of 50,000")
+    return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
+
+
+def modgrad_block(runs):
+    """The runs of one setting and budget -> Markdown: accuracies, then differences from ModGrad, task by task."""
+    first = runs[0]
+    modes, shots, several = first["modes"], first["shots"], first["modes"] if len(first["modes"]) > 1 else []
+    names = list(MODGRAD)
+    runs = sorted(runs, key=lambda run: (run["seed"], *[names.index(x) if x in names else len(names) for x in (label(run, False), run["method"])],
+                                         label(run)))
+    known = modes == ["miniimagenet"] and first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
+
+    def published(run):
+        value = MODGRAD.get(label(run, False), (None, None))[shots == 5] if known else None
+        return f"{value:.2f}" if isinstance(value, float) else show(value)
+
+    def best(run, protocol):
+        return show(score(run["best"], protocol, modes)) if run["best"] else "-"
+    columns = {"method": label, "last, paper protocol": lambda run: show(score(run, "paper", modes)),
+               "last, inductive": lambda run: show(score(run, "inductive", modes)),
+               "best on validation, paper protocol": lambda run: best(run, "paper"),
+               "best on validation, inductive": lambda run: best(run, "inductive")}
+    columns |= {"ModGrad's paper": published} if known else {}
+    columns |= {f"{m}, last, paper protocol": lambda run, m=m: show(score(run, "paper", [m])) for m in several}
+    columns |= {"parameters": lambda run: f"{run['parameters']:,}", "s an iteration": lambda run: f"{run['seconds']:.2g}"}
+    ours = [run for run in runs if label(run, False) == "ModGrad"]
+    pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
+
+    def of_best(pair, protocol):
+        if not all(run["best"] for run in pair):
+            return None
+        return difference(*({"scores": run["best"]["scores"], "data": run["data"]} for run in pair), protocol, modes)
+    differences = {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
+                   "last, paper protocol": lambda pair: show(difference(*pair, "paper", modes), "+"),
+                   "last, inductive": lambda pair: show(difference(*pair, "inductive", modes), "+"),
+                   "best on validation, paper protocol": lambda pair: show(of_best(pair, "paper"), "+"),
+                   "best on validation, inductive": lambda pair: show(of_best(pair, "inductive"), "+")}
+    counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
+    about = [modgrad_budget_text(first["budget"]), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
+             "accuracy in %, 95 % interval over tasks. *Last* parameters, and those *best on validation* classes among those kept."]
+    return (f"### ModGrad and its rivals, {' + '.join(modes)}, {first['ways']}-way {shots}-shot\n\n{' '.join(x for x in about if x)}\n\n"
+            + table(runs, columns) + ("\n" + table(pairs, differences) if pairs else ""))
+
+
+def against_shots(runs, file):
+    """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in sorted({label(run) for run in runs}):
+        of = sorted((run["shots"], *score(run, "paper", run["modes"])) for run in runs if label(run) == name)
+        axis.errorbar(*zip(*((shots, mean) for shots, mean, _ in of)), [half for *_, half in of], marker="o", capsize=2, label=name.replace("`", ""))
+    axis.set(xlabel="shots", ylabel="accuracy in %, paper protocol, last parameters", xticks=sorted({run["shots"] for run in runs}))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.suptitle(f"{' + '.join(runs[0]['modes'])}, {runs[0]['ways']}-way\n{modgrad_budget_text(runs[0]['budget']).replace('**', '')}".strip(),
+                    fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def modgrad_tables(found, out, figures):
+    """Runs of read_modgrad -> the parts of tables.md that are about them; appends to `figures` (function, its arguments)."""
+    groups = {}
+    for run in found:
+        group = groups.setdefault(tuple(run[k] if k != "modes" else tuple(run[k]) for k in ("modes", "budget", "ways", "shots")), {})
+        if label(run) in group:
+            print(f"note: {run['file']} repeats {group[label(run)]['file']} and is left out", file=sys.stderr)
+        group.setdefault(label(run), run)
+    parts = [modgrad_block(list(groups[key].values())) for key in sorted(groups, key=str)]
+    for key in dict.fromkeys(key[:-1] for key in sorted(groups, key=str)):
+        runs = [run for other, group in groups.items() if other[:-1] == key for run in group.values()]
+        if len({run["shots"] for run in runs}) > 1 and importlib.util.find_spec("matplotlib"):
+            budget = dict(key[1])
+            words = ["synthetic"] * budget["synthetic"] + ["+".join(key[0]), f"{key[2]}way", *(str(budget[k]) for k in (*MODGRAD_BUDGET, "episodes"))]
+            figures.append((against_shots, runs, out / f"modgrad-shots-{'-'.join(words)}.png"))
+            parts.append(f"![Accuracy against shots]({figures[-1][-1].name})\n")
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------- figures
 def curves(runs, singles, file):
     """Training accuracy of each run against iterations, a panel a mode -> PNG `file`. Points are means over log lines."""
@@ -346,8 +474,9 @@ def main():
         if label(run) in table_of:
             print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
         table_of.setdefault(label(run), run)
-    if not groups:
-        fail(f"no result.json of a KML table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
+    other = read_modgrad(args.folders)
+    if not groups and not other:
+        fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
     parts, seen, figures = [], set(), []
@@ -364,18 +493,21 @@ def main():
                 seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
             if importlib.util.find_spec("matplotlib"):
                 file = out / f"curves-{slug(runs[0])}.png"
-                figures.append((runs, singles, file))
+                figures.append((curves, runs, singles, file))
                 parts.append(f"![Accuracy against iterations]({file.name})\n")
     lacking = [f"{setting} {shots}-shot ({family} family)" for family in FAMILIES for setting in SETTINGS for shots in (1, 5)
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
+    if other:
+        parts.append("# ModGrad: tables from result files\n")
+        parts += modgrad_tables(other, out, figures)
     text = ("# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
             "bench.py measures speed.\n\n" + "\n".join(parts))
     print(text)
     atomic_write(out / "tables.md", text)
-    for figure in figures:
-        curves(*figure)
+    for function, *arguments in figures:
+        function(*arguments)
     print(f"written to {out / 'tables.md'}", file=sys.stderr)
 
 

@@ -1,0 +1,265 @@
+"""What inner steps do with their gradients: accuracy when gradients are corrupted, and what modulation lets through.
+
+    python inspect_gradients.py RUN [RUN ...] --gradient-noise 0.01 0.03 0.1 0.3 --spectrum --out results/gradients
+
+for runs of modgrad.py (folders with a checkpoint), in the terms of the ModGrad paper:
+
+    --gradient-noise    Section 5.4, Figure 9: noise is added to every entry of the inner gradients, at test only, and the
+                        networks are judged on the same test tasks. A level SIGMA is the noise's *standard deviation* (the
+                        paper's eta is its variance, SIGMA^2). As in the released code one noise is drawn for an episode and
+                        added in each of its steps, before modulation. All algorithms alike; but CAVIA's gradient has 100
+                        entries where MAML's has as many as the network, so equal levels are not equal disturbances.
+    "step scaled"       Whatever makes steps smaller makes their noise smaller too. So beside each run of MAML stands the same
+                        network with its step size scaled, at test, until its first step is as long as ModGrad's (median of
+                        the norm over validation tasks, the first ModGrad run given). If this curve falls as gently as
+                        ModGrad's, the size of the step has done it, and no knowledge of the task.
+    --spectrum          Section 3 calls M a low-pass filter. Singular values of the inner gradient of each adapted kernel,
+                        seen as a matrix (C_out, C_in * 9), before and after modulation, the largest being 1, means over
+                        test tasks; and how many singular values carry 90 % of the energy.
+
+Writes gradients.json, and figures if matplotlib is installed.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import textwrap
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import modgrad
+from data import Episodes, Task, atomic_write, fail
+
+ENERGY = 0.9
+
+
+def load(folder):
+    """A run's folder -> its arguments, its last parameters, iterations done."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        fail(f"there is no {path}: train with modgrad.py first, or name the folder of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        options, params, done = argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
+    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
+        fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a run")
+    if getattr(options, "algorithm", None) not in modgrad.STEPS:
+        fail(f"{folder} is a run of {options.method}: only those of modgrad.py are inspected here")
+    return options, params, done
+
+
+def adapted(params, options):
+    """What inner steps change, at its start -> dict."""
+    if options.algorithm == "cavia":
+        return {"context": torch.zeros(options.context)}
+    return {k: params[k] for k in modgrad.adapted_keys(options, params)}
+
+
+def draw_noise(like, sigma, number):
+    """Noise of standard deviation sigma for test task `number`: at every level the same pattern -> dict of tensors."""
+    rng = torch.Generator().manual_seed(number)
+    return {k: sigma * torch.randn(w.shape, generator=rng).to(w.device) for k, w in like.items()}
+
+
+@torch.no_grad()
+def accuracies(params, options, episodes, count, levels):
+    """Of the first `count` test tasks at each level of noise, in % -> array (levels, 2, count): paper's protocol, inductive."""
+    like, found = adapted(params, options), np.zeros((len(levels), 2, count))
+    for j in tqdm(range(count), desc=f"{options.method}: tasks with noise", disable=None, leave=False):
+        task = Task(*(x[0] for x in episodes.tasks(j, 1)))
+        for i, sigma in enumerate(levels):
+            _, *logits = modgrad.task_loss(params, task, options, True, draw_noise(like, sigma, j) if sigma else None)
+            found[i, :, j] = [100 * (x.argmax(-1) == task.query_y).double().mean().item() for x in logits]
+    return found
+
+
+@torch.no_grad()
+def first_steps(params, options, episodes, count):
+    """The first inner step of the first `count` tasks -> list of (gradient, change of what is adapted), two dicts."""
+    found, step = [], modgrad.STEPS[options.algorithm]
+
+    def recorded(params, fast, loss, args, noisy):
+        after = step(params, fast, loss, args, noisy)
+        seen.append((noisy(torch.func.grad(loss)(fast)), {k: after[k] - fast[k] for k in fast}))
+        return after
+    with mock.patch.dict(modgrad.STEPS, {options.algorithm: recorded}):
+        for j in range(count):
+            seen = []
+            modgrad.task_loss(params, Task(*(x[0] for x in episodes.tasks(j, 1))), options)
+            found.append(seen[0])
+    return found
+
+
+def norm(tensors):
+    return torch.cat([w.flatten() for w in tensors.values()]).norm().item()
+
+
+def step_length(params, options, episodes, count):
+    """Median length of the first inner step."""
+    return float(np.median([norm(change) for _, change in first_steps(params, options, episodes, count)]))
+
+
+def spectrum(steps):
+    """Steps from `first_steps` -> {kernel: {"raw", "modulated": singular values relative to the largest, mean over tasks,
+    "rank raw", "rank modulated": how many carry 90 % of the energy, mean over tasks}}."""
+    found = {}
+    for k in (k for k, w in steps[0][0].items() if w.dim() == 4):
+        found[k] = {}
+        for name, which in (("raw", 0), ("modulated", 1)):
+            values = torch.linalg.svdvals(torch.stack([step[which][k].flatten(1) for step in steps]).double())      # (tasks, C_out)
+            energy = values.square().cumsum(1) / values.square().sum(1, keepdim=True)
+            found[k][name] = (values / values[:, :1]).mean(0).tolist()
+            found[k][f"rank {name}"] = ((energy < ENERGY).sum(1) + 1).double().mean().item()
+    return found
+
+
+def inspect(runs, args):
+    """-> a dict for each run, and for each run of MAML with its step scaled (see above)."""
+    rows, length = [], None
+    for folder in args.runs:
+        options, params, done = runs[folder]
+        options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
+        test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
+        row = {"run": options.method, "algorithm": options.algorithm, "modes": options.modes, "shots": options.shots, "ways": options.ways,
+               "image_size": options.image_size, "seed": options.seed, "iteration": done, "synthetic": options.synthetic,
+               "steps": options.steps, "alpha": options.alpha, "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
+               "step_length": step_length(params, options, validation, args.step_tasks)}
+        if options.algorithm == "modgrad" and length is None:
+            length = row["step_length"]
+        if args.spectrum and options.algorithm != "cavia":
+            row["spectrum"] = spectrum(first_steps(params, options, test, args.step_tasks))
+        rows.append((row, params, options, test))
+    for row, params, options, test in list(rows):
+        if args.gradient_noise and options.algorithm == "maml" and length is not None:
+            scaled = argparse.Namespace(**vars(options) | {"alpha": options.alpha * length / row["step_length"]})
+            more = {k: v for k, v in row.items() if k != "spectrum"} | {"run": f"{row['run']}, step scaled", "alpha": scaled.alpha,
+                                                                        "step_length": length}
+            rows.insert(1 + [r for r, *_ in rows].index(row), (more, params, scaled, test))
+    for row, params, options, test in rows if args.gradient_noise else ():
+        per_task = accuracies(params, options, test, args.tasks, args.gradient_noise)
+        row["noise"] = {str(sigma): {"accuracy": modgrad.summary(x[0], options.modes), "accuracy_inductive": modgrad.summary(x[1], options.modes),
+                                     "change": modgrad.summary(x[0] - per_task[0, 0], options.modes), "per_task": x[0].round(4).tolist()}
+                        for sigma, x in zip(args.gradient_noise, per_task)}
+        row["tasks_sha256"] = test.sha256(args.tasks)
+    return [row for row, *_ in rows]
+
+
+def label(row):
+    return f"{row['run']} ({row['steps']} step{'s' * (row['steps'] > 1)} of {row['alpha']:.3g})"
+
+
+def noise_table(rows):
+    """-> Markdown: accuracy at each level, and what the highest level costs."""
+    levels = list(rows[0]["noise"])
+    lines = [f"| run | {' | '.join(f'noise {sigma}' for sigma in levels)} | change at {levels[-1]} |", "|" + " --- |" * (len(levels) + 2)]
+    for row in rows:
+        scores = [row["noise"][sigma]["accuracy"]["overall"] for sigma in levels]
+        change = row["noise"][levels[-1]]["change"]["overall"]
+        lines.append(f"| {label(row)} | {' | '.join('{mean:.2f} ± {ci95:.2f}'.format(**x) for x in scores)} | "
+                     f"{change['mean']:+.2f} ± {change['ci95']:.2f} |")
+    return "\n".join(lines)
+
+
+def spectrum_table(rows):
+    """-> Markdown: how many singular values of each kernel's step carry 90 % of its energy."""
+    lines = ["| run | kernel | of | raw | modulated |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        for k, x in row.get("spectrum", {}).items():
+            lines.append(f"| {label(row)} | {k} | {len(x['raw'])} | {x['rank raw']:.2f} | {x['rank modulated']:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(rows, about, out):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    if "noise" in rows[0]:
+        figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+        for row in rows:
+            levels = [float(sigma) for sigma in row["noise"]]
+            scores = [x["accuracy"]["overall"] for x in row["noise"].values()]
+            axis.errorbar(levels, [x["mean"] for x in scores], [x["ci95"] for x in scores], capsize=2, linewidth=1.4, label=label(row),
+                          linestyle=":" if "scaled" in row["run"] else "-")
+        axis.set_xscale("symlog", linthresh=min(s for s in levels if s))
+        axis.set_xticks(levels, [f"{s:g}" for s in levels])
+        axis.minorticks_off()
+        axis.set(xlabel="standard deviation of the noise on each entry of the inner gradient", ylabel="accuracy in %, paper protocol")
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="x-small")
+        figure.suptitle(textwrap.fill(about, 90), fontsize="medium")
+        figure.savefig(out / "gradient-noise.png", dpi=110)
+        plt.close(figure)
+    rows = [row for row in rows if row.get("spectrum")]
+    if rows:
+        kernels = list(dict.fromkeys(k for row in rows for k in row["spectrum"]))
+        figure, axes = plt.subplots(1, len(kernels), figsize=(4.5 * len(kernels), 4), squeeze=False, layout="constrained", sharey=True)
+        for k, axis in zip(kernels, axes[0]):
+            for i, row in enumerate(row for row in rows if k in row["spectrum"]):
+                for name, style in (("raw", ":"), ("modulated", "-")):
+                    values = row["spectrum"][k][name]
+                    axis.plot(range(1, len(values) + 1), values, style, color=f"C{i}", label=f"{label(row)}, {name}", linewidth=1.4)
+            axis.set(yscale="log", ylim=(1e-4, 1.2), title=k, xlabel="singular value", ylabel="relative to the largest")
+            axis.grid(alpha=0.3)
+        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+        figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
+        figure.suptitle(textwrap.fill(about, 60 * len(kernels)), fontsize="medium")
+        figure.savefig(out / "gradient-spectrum.png", dpi=110)
+        plt.close(figure)
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = fail
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of modgrad.py runs")
+    p.add_argument("--gradient-noise", nargs="+", type=float, default=[], metavar="SIGMA", help="standard deviations; 0 is always "
+                   "among them")
+    p.add_argument("--spectrum", action="store_true", help="singular values of the first inner step, raw and modulated")
+    p.add_argument("--tasks", type=int, default=600, help="test tasks, over all modes together (P: 600)")
+    p.add_argument("--step-tasks", type=int, default=50, help="tasks for lengths and spectra of steps")
+    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
+    p.add_argument("--cache-dir", default=".cache", help="decoded images")
+    p.add_argument("--out", default="results/gradients", help="folder of gradients.json and the figures")
+    args = p.parse_args(argv)
+    if not args.gradient_noise and not args.spectrum:
+        fail("nothing to do: give --gradient-noise SIGMA ..., --spectrum, or both")
+    if any(not 0 <= sigma < float("inf") for sigma in args.gradient_noise):
+        fail(f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on")
+    args.gradient_noise = sorted({0.0, *args.gradient_noise}) if args.gradient_noise else []
+    for key, least in (("tasks", 10), ("step_tasks", 2)):
+        if getattr(args, key) < least:
+            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: give a number from {least} on")
+    return args
+
+
+def main():
+    args = get_args()
+    runs, out = {folder: load(folder) for folder in args.runs}, Path(args.out)
+    options = [run[0] for run in runs.values()]
+    if len({(*o.modes, o.ways, o.shots, o.queries, o.image_size, o.synthetic) for o in options}) > 1:
+        fail("the runs differ in modes, ways, shots, queries, image size or --synthetic: their tasks are not the same")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}; give another folder")
+    rows, o = inspect(runs, args), options[0]
+    about = f"{'SYNTHETIC ' * o.synthetic}{'+'.join(o.modes)}, {o.ways}-way {o.shots}-shot, {o.image_size} px"
+    print(f"{about}; last parameters")
+    if args.gradient_noise:
+        about += f", {args.tasks} test tasks, 95 % intervals"
+        print(f"\nAccuracy in % (paper protocol) with noise on the inner gradients, {args.tasks} test tasks\n\n{noise_table(rows)}")
+    if args.spectrum:
+        print(f"\nSingular values with {100 * ENERGY:.0f} % of the energy of the first step, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}")
+    kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "runs")}
+    atomic_write(out / "gradients.json", json.dumps({"setting": kept, "found": rows}, allow_nan=False) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(rows, about, out)
+    else:
+        print("note: matplotlib is not installed, so there are no figures")
+
+
+if __name__ == "__main__":
+    main()
