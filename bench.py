@@ -27,9 +27,9 @@ variants  Milliseconds of the gradients of one meta-batch, by the ways in which 
             compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
             captured  the loop, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
 
-steps     Milliseconds and memory of one inner step of each algorithm of modgrad.py, adapting to one task at test time, beside
-          MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) What comes before the
-          first adapted layer is run once a task and does not count.
+steps     Milliseconds and memory of adapting to one task by one inner step of each algorithm of modgrad.py, at test time, beside
+          MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
+          first adapted one are run once a task; this one time is counted.
 """
 import argparse
 import contextlib
@@ -367,7 +367,8 @@ def prepare_variant(variant, module, options, params, batch, **compiler):
             module.run_tasks(params, batch, options, True)
 
     def together(params, batch):
-        return torch.func.vmap(lambda task: module.task_loss(params, task, options)[0])(batch).mean()
+        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
+            return torch.func.vmap(lambda task: module.task_loss(params, task, options)[0])(batch).mean()
     if variant == "compiled":
         compiled = torch.compile(together, **compiler)
         return lambda batch: compiled(params, batch).backward()
@@ -441,17 +442,24 @@ def prepare_adaptation(words, args, shots):
         *["--synthetic"] * args.synthetic)])
     params = {k: w.to(options.device) for k, w in modgrad.init_params(options).items()}
     task = data.Task(*(x[0] for x in data.Episodes.of(options, "test").tasks(0, 1)))
-    function, seen = modgrad.STEPS[options.algorithm], []
+    inner_step, run_blocks, seen = modgrad.STEPS[options.algorithm], modgrad.run_blocks, []
 
-    def stop(*inner):                                   # what task_loss gives to a step; then no further, for the memory's sake
-        seen.extend(inner)
+    def note(*given):                                   # the first call is for the layers before the first adapted one
+        seen.append(given)
+        return run_blocks(*given)
+
+    def stop(*given):                                   # what task_loss gives to a step; then no further, for the memory's sake
+        seen.append(given)
         raise StopIteration
-    with mock.patch.dict(modgrad.STEPS, {options.algorithm: stop}), torch.no_grad(), contextlib.suppress(StopIteration):
+    with (mock.patch.dict(modgrad.STEPS, {options.algorithm: stop}), mock.patch.object(modgrad, "run_blocks", note),
+          contextlib.suppress(StopIteration), torch.no_grad()):
         modgrad.task_loss(params, task, options)
+    before, given = seen
 
     @torch.no_grad()
     def step():
-        function(*seen)
+        run_blocks(*before)
+        inner_step(*given)
     return step, options
 
 
@@ -536,6 +544,8 @@ def main():
     args.variants = args.variants or (VARIANTS[:3] if args.device == "cpu" else VARIANTS)
     if "captured" in args.variants and args.device == "cpu":
         data.fail("--variants captured: a CUDA graph needs --device cuda:0; leave it out")
+    if args.part == "steps" and args.precision != "fp32":
+        data.fail("steps is measured in fp32: leave --precision out")
     args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
     setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
     record = {}

@@ -355,6 +355,24 @@ def import_aircraft(paths):
     return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
 
 
+def import_celeba(paths):
+    """img_align_celeba/*.jpg with list_eval_partition.txt (a line an image: name, 0 train 1 val 2 test). Of one class: faces."""
+    archive, table = Archive(paths[0]), paths[1]
+    by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
+    splits = {split: {"all": []} for split in SPLITS}
+    for line in table.read_text(errors="replace").splitlines():
+        name, _, part = line.partition(" ")
+        if part.strip() not in ("0", "1", "2"):
+            fail(f"{table}: a line is not of the form 000001.jpg 0 ({line[:40]}): fetch it again")
+        if name not in by_name:
+            fail(f"{archive.path}: lacks {name}, which {table} lists: {archive.remedy}")
+        splits[SPLITS[int(part)]]["all"].append((archive, by_name[name]))
+    listed = sum(len(images["all"]) for images in splits.values())
+    if listed != len(by_name):
+        fail(f"{table}: lists {listed} of the {len(by_name)} images of {archive.path}, so the split would be another one: fetch it again")
+    return splits
+
+
 class Layout(NamedTuple):
     """One published form of a data set: the names to find (alternatives in a tuple) and who reads them."""
     files: tuple
@@ -370,6 +388,7 @@ LAYOUTS = {
     "fc100": Layout((("cifar-100-python.tar.gz", "cifar-100-python"),), import_fc100),
     "cub": Layout((("CUB_200_2011.tgz", "CUB_200_2011"),), import_cub),
     "aircraft": Layout((("fgvc-aircraft-2013b.tar.gz", "fgvc-aircraft-2013b"),), import_aircraft),
+    "celeba": Layout((("img_align_celeba.zip", "img_align_celeba"), ("list_eval_partition.txt",)), import_celeba),
 }
 MINIIMAGENET_IMAGES = Layout((("images", "images.zip"), ("train.csv",), ("val.csv",), ("test.csv",)), import_miniimagenet_images)
 
@@ -389,12 +408,14 @@ DOWNLOADS = {           # mode: [(file name, md5 or None where none is published
     "aircraft": ([("fgvc-aircraft-2013b.tar.gz", "d4acdd33327262359767eeaa97a4f732",
                    ["https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"])],
                  "non-commercial research"),
+    "celeba": ([("img_align_celeba.zip", "00d2c5bc6d35e252742224ab0c1e8fcb", []), ("list_eval_partition.txt", None, [])],
+               "non-commercial research, by hand from its site"),
 }
 
 
 def download(file_name, md5, urls, folder):
     """Fetch one published archive into `folder` with a progress bar; a cut download is resumed, the md5 checked."""
-    target, part, problems = folder / file_name, folder / f"{file_name}.part", []
+    target, part, problems = folder / file_name, folder / f"{file_name}.part", [] if urls else ["its authors give it by hand only"]
     for url in urls:
         try:
             have = part.stat().st_size if part.exists() else 0
@@ -782,8 +803,33 @@ def draw_plane(scene, c, u):
     scene.paint(scene.limbs(*limbs), u(0.05, 0.35))
 
 
+def draw_face(scene, c, u):
+    """celeba: a person; c skin, hair and proportions, u pose, light, expression and background."""
+    back, front = u.colour((0, 0.7), (0.2, 0.9)), u.colour((0, 0.7), (0.2, 0.9))
+    scene.picture += back + (front - back) * scene.clouds(u, 1.2)
+    light = u(0.7, 1.15) * (1 + u(-0.25, 0.25) * scene.x)
+    scene.pose(u, scale=(0.9, 1.05), turn=0.12, shift=0.06, squeeze=(0.95, 1.05))
+    skin, hair = c.colour((0.3, 0.6), (0.35, 0.95), (0.02, 0.09)), c.colour((0.2, 0.7), (0.05, 0.8), (0, 0.12))
+    iris, lips, cloth = c.colour((0.2, 0.8), (0.1, 0.5)), c.colour((0.4, 0.8), (0.4, 0.8), (-0.03, 0.04)), u.colour((0, 0.9), (0.1, 0.9))
+    wide, long, locks = c(0.42, 0.54), c(0.6, 0.72), c.choice([0.7, 0.75, 1.3, 1.7])
+    scene.paint(scene.blob(0, -0.15, wide + c(0.08, 0.2), c(0.75, 0.9) * locks ** 0.5), hair)
+    scene.paint(scene.limbs((0, 0.2, 0, 1.1, 0.2, 0.24)), 0.85 * skin)
+    scene.paint(scene.blob(0, 1.25, 0.95, 0.45), cloth)
+    scene.paint(scene.blob(0, 0.05, wide, long), skin)
+    scene.paint(np.maximum(scene.blob(0, 0.05, wide, long), scene.y + c(0.25, 0.45)), hair)           # a fringe
+    apart, high, eye, look = c(0.17, 0.23), c(-0.1, 0.0), c(0.07, 0.1), u(-0.025, 0.025)
+    for side in (-1, 1):
+        scene.paint(scene.blob(side * apart, high, eye, 0.55 * eye), 0.95)
+        scene.paint(scene.blob(side * apart + look, high, 0.45 * eye, 0.5 * eye), iris)
+        scene.paint(scene.limbs((side * (apart - 0.09), high - 0.12, side * (apart + 0.09), high - 0.13, 0.02, 0.012)), 0.6 * hair)
+    scene.paint(scene.limbs((0, high + 0.05, c(-0.02, 0.02), 0.2, 0.015, 0.04)), 0.85 * skin)
+    smile, broad = u(-0.02, 0.09), c(0.13, 0.2) + u(0, 0.05)
+    scene.paint(scene.limbs((-broad, 0.4 - smile, 0, 0.4, 0.025, 0.035), (0, 0.4, broad, 0.4 - smile, 0.035, 0.025)), lips)
+    scene.picture *= light
+
+
 SYNTHETIC_MODES = {"omniglot": (draw_character, 1), "miniimagenet": (draw_object, 3), "fc100": (draw_toy, 3),
-                   "cub": (draw_bird, 3), "aircraft": (draw_plane, 3)}  # drawing function, channels
+                   "cub": (draw_bird, 3), "aircraft": (draw_plane, 3), "celeba": (draw_face, 3)}  # drawing function, channels
 
 
 def draw_synthetic(mode, split, size, per_class=SYNTHETIC_IMAGES):
@@ -830,6 +876,17 @@ class Task(NamedTuple):
     query_x: torch.Tensor           # (N*Q, 3, S, S)
     query_y: torch.Tensor           # (N*Q,)
     mode: torch.Tensor              # () int64: index of the task's mode. For reports only; no algorithm may look at it
+
+
+def uniform(name, block, count):
+    """Random numbers (count,) in [0, 1), number `block` of those that `name` stands for.
+
+    A counter-based generator is a function from (key, counter) to random bits: nothing to store, nothing to replay.
+    The raw bits of Philox are fixed for all versions of numpy; only arithmetic on integers and doubles follows.
+    """
+    key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+    bits = np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0 ** -53
 
 
 class Episodes:
@@ -881,16 +938,10 @@ class Episodes:
                    args.seed if split == "train" else None, args.device, args.data_root, args.cache_dir, args.synthetic)
 
     def draw(self, m, block):
-        """Tasks block * 256 .. + 255 of mode m, drawn at once -> classes (256, N), images (256, N, K+Q), turns (256, N).
-
-        A counter-based generator is a function from (key, counter) to random bits: nothing to store, nothing to replay.
-        The raw bits of Philox are fixed for all versions of numpy; only arithmetic on integers and doubles follows.
-        """
+        """Tasks block * 256 .. + 255 of mode m, drawn at once -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
         name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
-        key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
         T, N, k, counts = self.BLOCK, self.ways, self.shots + self.queries, self.counts[m]
-        bits = np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw(T * N * (k + 2))
-        u = (bits >> np.uint64(11)) * 2.0 ** -53                                # uniform in [0, 1)
+        u = uniform(name, block, T * N * (k + 2))
         u_class, u_image, u_turn = np.split(u, [T * N, T * N * (1 + k)])
         classes = distinct(u_class.reshape(T, N), np.full(T, len(counts)))
         images = distinct(u_image.reshape(T * N, k), counts[classes.reshape(-1)]).reshape(T, N, k)
@@ -946,6 +997,76 @@ class Episodes:
             if tasks := len(range(m, count, len(self.modes))):
                 for array in self.indices(m, 0, tasks)[:3]:
                     digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+class Completions:
+    """Draws regression tasks: an image is a task, whose colours are to be learned from some of its pixels, the *context*.
+
+    Task fields here: support_x (k, 2) the context's places (row / S, column / S), support_y (k, 3) its colours in [0, 1],
+    query_x (S*S, 2) and query_y (S*S, 3) those of all pixels, in raster order. (Garnelo et al., ICML 2018; CAVIA's protocol.)
+
+    Args:
+        mode: a data set, whose classes do not matter here. split, image_size, seed, device and so on: as for `Episodes`.
+        pixels: k. ordered: the context is the first k pixels in raster order, else drawn without replacement.
+
+    A training task is an image drawn with replacement; test and validation tasks go through the split once, in a fixed order
+    that mixes its classes.
+    """
+    BLOCK = 256                     # tasks that are drawn together; part of what defines a task
+
+    def __init__(self, mode, split, pixels, ordered, image_size, seed=None, device="cpu", root="data", cache_dir=".cache",
+                 synthetic=False):
+        self.mode, self.split, self.pixels, self.ordered = canonical_mode(mode, root), split, pixels, ordered
+        self.seed, self.size, self.device, self.synthetic = seed, image_size, torch.device(device), synthetic
+        if not 1 <= pixels <= image_size ** 2:
+            fail(f"--pixels {pixels}: an image has {image_size ** 2}; give a number from 1 to that")
+        folder = prepare(mode, image_size, root, cache_dir, synthetic)
+        self.folders = [folder.name]                        # names what the images were made from
+        images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c")).to(self.device)     # (n, S, S, C) uint8
+        self.images = images.flatten(1, 2)                  # (n, S*S, C)
+        n = len(images)
+        self.order = distinct(uniform(f"order of {self.mode} {split}", 0, n)[None], np.array([n]))[0]
+        self.places = torch.cartesian_prod(*[torch.arange(image_size, device=self.device) / image_size] * 2)     # (S*S, 2)
+
+    @classmethod
+    def of(cls, args, split):
+        """Tasks as the flags of a script describe them; only training depends on the seed."""
+        (mode,) = args.modes
+        made = cls(mode, split, args.pixels, args.order == "ordered", args.image_size, args.seed if split == "train" else None,
+                   args.device, args.data_root, args.cache_dir, args.synthetic)
+        if split != "train" and getattr(args, f"{split}_tasks") > len(made.images):
+            fail(f"--{split}-tasks {getattr(args, f'{split}_tasks')}: {made.mode}/{split} has {len(made.images)} images; give at most that")
+        return made
+
+    def indices(self, first, count):
+        """Images (count,) and context pixels (count, k) of tasks first .. first + count - 1. See `Episodes.draw`."""
+        blocks, found = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1), []
+        name = f"completion {self.mode} {self.split} {self.size} {self.pixels} {self.seed}"
+        for block in blocks:
+            u = uniform(name, block, self.BLOCK * (1 + self.pixels))
+            images = (u[:self.BLOCK] * len(self.images)).astype(np.int64)
+            if self.seed is None:
+                images = np.resize(self.order, (block + 1) * self.BLOCK)[block * self.BLOCK:]
+            context = np.tile(np.arange(self.pixels), (self.BLOCK, 1))
+            if not self.ordered:
+                context = distinct(u[self.BLOCK:].reshape(self.BLOCK, -1), np.full(self.BLOCK, self.size ** 2))
+            found.append((images, context))
+        start = first - blocks[0] * self.BLOCK
+        return tuple(np.concatenate(parts)[start:start + count] for parts in zip(*found))
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
+        images, context = (torch.from_numpy(x).to(self.device) for x in self.indices(first, count))
+        colours = self.images[images].expand(-1, -1, 3).float() / 255                                   # (count, S*S, 3)
+        return Task(self.places[context], colours.gather(1, context[..., None].expand(-1, -1, 3)),
+                    self.places.expand(count, -1, -1), colours, torch.zeros(count, dtype=torch.int64))
+
+    def sha256(self, count):
+        """A hash of the first `count` tasks: the mode, its number of images, and the indices drawn."""
+        digest = hashlib.sha256(f"{self.mode} {len(self.images)} {self.size}".encode())
+        for array in self.indices(0, count):
+            digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
 
 

@@ -12,7 +12,9 @@ for runs of modgrad.py (folders with a checkpoint), in the terms of the ModGrad 
     "step scaled"       Whatever makes steps smaller makes their noise smaller too. So beside each run of MAML stands the same
                         network with its step size scaled, at test, until its first step is as long as ModGrad's (median of
                         the norm over validation tasks, the first ModGrad run given). If this curve falls as gently as
-                        ModGrad's, the size of the step has done it, and no knowledge of the task.
+                        ModGrad's, the size of the step has done it, and no knowledge of the task. (MAML of several steps
+                        meets its noise in each of them; like is compared with like for MAML of one step on the same layers,
+                        `--algorithm maml --adapt conv3 conv4 --steps 1`.)
     --spectrum          Section 3 calls M a low-pass filter. Singular values of the inner gradient of each adapted kernel,
                         seen as a matrix (C_out, C_in * 9), before and after modulation, the largest being 1, means over
                         test tasks; and how many singular values carry 90 % of the energy.
@@ -47,7 +49,7 @@ def load(folder):
         options, params, done = argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a run")
-    if getattr(options, "algorithm", None) not in modgrad.STEPS:
+    if getattr(options, "algorithm", None) not in modgrad.STEPS or not hasattr(options, "backbone"):
         fail(f"{folder} is a run of {options.method}: only those of modgrad.py are inspected here")
     return options, params, done
 
@@ -105,12 +107,18 @@ def step_length(params, options, episodes, count):
 
 def spectrum(steps):
     """Steps from `first_steps` -> {kernel: {"raw", "modulated": singular values relative to the largest, mean over tasks,
-    "rank raw", "rank modulated": how many carry 90 % of the energy, mean over tasks}}."""
+    "rank raw", "rank modulated": how many carry 90 % of the energy, mean over tasks, "tasks raw", ...: so many tasks, whose step
+    is not zero}}."""
     found = {}
     for k in (k for k, w in steps[0][0].items() if w.dim() == 4):
         found[k] = {}
         for name, which in (("raw", 0), ("modulated", 1)):
             values = torch.linalg.svdvals(torch.stack([step[which][k].flatten(1) for step in steps]).double())      # (tasks, C_out)
+            values = values[values[:, 0] > 0]           # M can be zero everywhere: such a step has no spectrum
+            found[k][f"tasks {name}"] = len(values)
+            if not len(values):
+                found[k] |= {name: [0.0] * len(steps[0][which][k]), f"rank {name}": 0.0}
+                continue
             energy = values.square().cumsum(1) / values.square().sum(1, keepdim=True)
             found[k][name] = (values / values[:, :1]).mean(0).tolist()
             found[k][f"rank {name}"] = ((energy < ENERGY).sum(1) + 1).double().mean().item()
@@ -226,8 +234,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.gradient_noise and not args.spectrum:
         fail("nothing to do: give --gradient-noise SIGMA ..., --spectrum, or both")
-    if any(not 0 <= sigma < float("inf") for sigma in args.gradient_noise):
-        fail(f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on")
+    if args.gradient_noise and not (all(0 <= sigma < float("inf") for sigma in args.gradient_noise) and any(args.gradient_noise)):
+        fail(f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on, one at least above it")
     args.gradient_noise = sorted({0.0, *args.gradient_noise}) if args.gradient_noise else []
     for key, least in (("tasks", 10), ("step_tasks", 2)):
         if getattr(args, key) < least:

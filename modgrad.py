@@ -112,7 +112,7 @@ def get_args(argv=None):
     p.add_argument("--log-every", type=int, default=50, help="iterations")
     p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
     p.add_argument("--keep-every", type=int, default=1000, help="iterations between kept parameters, of which those "
-                   "best on validation classes are tested too; 0 keeps none")
+                   "best on validation classes are tested too; 0 keeps none (of the deep networks each takes 100 to 500 MB)")
     p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
@@ -142,9 +142,6 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all, 'last two', {' '.join(layers)}")
     if args.algorithm == "cavia" and args.backbone != "conv4":
         fail(f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4")
-    if args.keep_every and args.val_every and (args.val_every % args.log_every or args.keep_every % args.val_every):
-        fail(f"--val-every {args.val_every} --keep-every {args.keep_every} --log-every {args.log_every}: parameters that are kept "
-             "must be validated: give multiples, each of the next; or --keep-every 0")
     if not args.adapt and args.algorithm != "cavia":
         fail("--adapt context is CAVIA's: name layers")
     if args.algorithm == "modgrad" and "all" in args.adapt:
@@ -162,6 +159,9 @@ def get_args(argv=None):
         least = LEAST.get(key, 0) * (len(args.modes) if key.endswith("_tasks") else 1)
         if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
             fail(f"--{key.replace('_', '-')} {value}: give a number from {least} on")
+    if args.keep_every and args.val_every and (args.val_every % args.log_every or args.keep_every % args.val_every):
+        fail(f"--keep-every {args.keep_every} --val-every {args.val_every} --log-every {args.log_every}: parameters that are kept "
+             "must be validated: give each as a multiple of the next, or --keep-every 0")
     return args
 
 
@@ -507,7 +507,10 @@ def best_on_validation(test, args):
     if not found:
         return None
     accuracy, iteration, file = max(found)                                              # the earliest of equals
-    params = {k: w.to(args.device) for k, w in torch.load(file, map_location="cpu", weights_only=True).items()}
+    try:
+        params = {k: w.to(args.device) for k, w in torch.load(file, map_location="cpu", weights_only=True).items()}
+    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
+        fail(f"{file} is damaged ({type(error).__name__}): delete it, and the same command tests the best of the others")
     rows = evaluate(params, test, args.test_tasks, args)
     return {"iteration": -iteration, "validation": accuracy, "accuracy": summary(rows[0], args.modes),
             "accuracy_inductive": summary(rows[1], args.modes), "per_task": rows[0].tolist(), "per_task_inductive": rows[1].tolist()}

@@ -18,7 +18,7 @@ cd "$(dirname "$0")" || exit 1
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-only=() jobs=1 dry="" quick="" synthetic="" out="" extra=""
+only=() places=() jobs=1 dry="" quick="" synthetic="" out="" extra=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) dry=1 ;;
@@ -29,7 +29,10 @@ while [ $# -gt 0 ]; do
             [ -n "$2" ] || fail "$1 needs a value, not an empty one"
             case "$1" in --only) only+=("$2") ;; --jobs) jobs=$2 ;; --out) out=$2 ;; esac
             shift ;;
-        --) shift; [ $# -eq 0 ] || extra=$(printf " %q" "$@"); break ;;
+        --) shift
+            [ $# -eq 0 ] || extra=$(printf " %q" "$@")
+            while [ $# -gt 1 ]; do case "$1" in --data-root | --cache-dir) places+=("$1" "$2") ;; esac; shift; done
+            break ;;
         -h | --help) echo "$usage"; exit ;;
         *) fail "$1 is no flag of run_all.sh (see --help); flags for the scripts go after --" ;;
     esac
@@ -102,12 +105,12 @@ for shots in 1 5; do
         cell "modgrad/table2/${shots}shot/$algorithm" "" modgrad.py "$to" --algorithm $algorithm
     done
     cell "modgrad/table2/${shots}shot/maml-same-layers" "" modgrad.py "$to" --algorithm maml --adapt conv3 conv4 --steps 1 --alpha 0.1
-    cell "modgrad/table2/${shots}shot/modgrad-wrn28-10" "" modgrad.py "$to" --backbone wrn28-10 --augment
+    cell "modgrad/table2/${shots}shot/modgrad-wrn28-10" "" modgrad.py "$to" --backbone wrn28-10 --augment --keep-every 4000
     for steps in 2 3 4 5; do cell "modgrad/table4/${shots}shot/modgrad-${steps}steps" "" modgrad.py "$to" --steps $steps; done
     for rank in 1 10; do cell "modgrad/table5/${shots}shot/modgrad-u$rank" "" modgrad.py "$to" --rank $rank; done
 done
 for steps in 5 10 20 30; do
-    maml="--algorithm maml --first-order --steps $steps" deep="--backbone resnet34 --augment"
+    maml="--algorithm maml --first-order --steps $steps" deep="--backbone resnet34 --augment --keep-every 8000"
     for shots in 5 10 15 20; do
         to="--modes miniimagenet --shots $shots"
         cell "modgrad/figure6/${shots}shot/maml-${steps}steps" "" modgrad.py "$to" "$maml"
@@ -117,6 +120,15 @@ for steps in 5 10 20 30; do
         to="--modes miniimagenet --shots $shots" budget="--image-size 224 --iterations 33333"
         cell "modgrad/figure6/${shots}shot/maml-resnet34-${steps}steps" "$budget" modgrad.py "$to" "$maml" "$deep"
         if [ $steps = 5 ]; then cell "modgrad/figure6/${shots}shot/modgrad-resnet34" "$budget" modgrad.py "$to" "$deep"; fi
+    done
+done
+
+# ModGrad, Table 3: faces completed from some of their pixels. (Figure 7 is a picture of these runs: see README.)
+for order in random ordered; do
+    for pixels in 10 100; do
+        for algorithm in cnp maml cavia modgrad; do
+            cell "modgrad/table3/$order-$pixels/$algorithm" "" modgrad_completion.py --algorithm $algorithm --pixels $pixels --order $order
+        done
     done
 done
 
@@ -185,9 +197,11 @@ for shots in 1 5; do     # ModGrad's Figure 9, of the runs on Conv-4 that are th
     for i in "${!names[@]}"; do
         case "${names[$i]}" in modgrad/table2/${shots}shot/*wrn*) ;; modgrad/table2/${shots}shot/*) if finished "$i"; then runs+=("$folder/${names[$i]}"); fi ;; esac
     done
-    newest=$(for run in ${runs[@]+"${runs[@]}"}; do ls -t "$run/result.json"; done | xargs -r -d '\n' ls -t | head -1)
-    if [ ${#runs[@]} -gt 1 ] && ! [ "$figure/gradients.json" -nt "$newest" ]; then
-        "$PYTHON" inspect_gradients.py "${runs[@]}" --gradient-noise 0.01 0.03 0.1 0.3 1 --spectrum --out "$figure" || failed "$i" "its figure 9"
+    old=""
+    for run in ${runs[@]+"${runs[@]}"}; do [ "$figure/gradients.json" -nt "$run/result.json" ] || old=1; done
+    if [ ${#runs[@]} -gt 1 ] && [ -n "$old" ]; then
+        "$PYTHON" inspect_gradients.py "${runs[@]}" --gradient-noise 0.01 0.03 0.1 0.3 1 --spectrum --out "$figure" \
+            ${places[@]+"${places[@]}"} || echo "${figure#"$folder/"} (status $?)" >>"$failures"
     fi
 done
 "$PYTHON" tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import modgrad
+import modgrad_completion
 from data import atomic_write, fail
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -76,9 +77,10 @@ MODGRAD = {     # ModGrad paper, Table 2, 4 (steps) and 5 (u): accuracy and, if 
     "ModGrad, wrn28-10, `--augment`": ((65.72, 0.21), (81.17, 0.20)),
     "ModGrad, `--steps 2`": (52.66, 68.80), "ModGrad, `--steps 3`": (53.54, 68.42), "ModGrad, `--steps 4`": (52.87, 68.34),
     "ModGrad, `--steps 5`": (52.76, 68.24), "ModGrad, `--rank 1`": (53.13, 68.43), "ModGrad, `--rank 10`": (52.53, 67.62)}
-MODGRAD_BUDGET = {"image_size": 84, "channels": 64, "queries": 15, "precision": "fp32"}
-MODGRAD_EPISODES = {"conv4": 50000, "resnet34": 100000, "wrn28-10": 50000}
-UNITS = {"image_size": "px", "channels": "channels in layer 1", "queries": "queries a class", "precision": "precision"}
+MODGRAD_BUDGET = {"image_size": 84, "channels": 64, "queries": 15, "precision": "fp32", "episodes": 50000}
+MODGRAD_DEEP = {"resnet34": {"image_size": 224, "episodes": 100000}}
+UNITS = {"image_size": "px", "channels": "channels in layer 1", "queries": "queries a class", "precision": "precision",
+         "episodes": "episodes"}
 ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}          # and tasks in each
 MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}         # of Multi-MAML
 
@@ -184,7 +186,7 @@ def table(rows, columns):
 def budget_text(budget, family):
     """What is not the paper's -> Markdown, "" if nothing is."""
     budget = dict(budget)
-    words = [f"{budget[key]} {unit} instead of {BUDGET[key]}" for key, unit in UNITS.items() if budget[key] != BUDGET[key]]
+    words = [f"{budget[key]} {UNITS[key]} instead of {usual}" for key, usual in BUDGET.items() if budget[key] != usual]
     if budget["steps"] != "paper":
         (ours, batch), (theirs, usual) = budget["steps"], ITERATIONS[family]
         words.append(f"{ours:,} iterations of {batch} tasks instead of {theirs:,} of {usual}")
@@ -307,7 +309,7 @@ def read_modgrad(folders):
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = json.loads(file.read_text())
-            if "algorithm" not in run.get("args", {}):
+            if "algorithm" not in run.get("args", {}) or "pixels" in run:
                 continue
             args, modes, best = run["args"], run["modes"], run.get("best_on_validation")
             steps, alpha, _ = modgrad.DEFAULTS[args["algorithm"]]
@@ -315,27 +317,25 @@ def read_modgrad(folders):
                      "lr_halve_every": 3333, "inner_clip": 20.0, "first_order": False, "augment": False}
             scores = [{protocol: {mode: np.array(x[key][m::len(modes)]) for m, mode in enumerate(modes)}
                        for protocol, key in (("paper", "per_task"), ("inductive", "per_task_inductive"))} for x in (run, best) if x]
-            episodes = run["iterations"] * args["meta_batch"]
+            budget = MODGRAD_BUDGET | MODGRAD_DEEP.get(args["backbone"], {})
+            done = {k: args.get(k, v) for k, v in budget.items()} | {"episodes": round(run["iterations"] * args["meta_batch"], -3)
+                                                                     or run["iterations"] * args["meta_batch"]}
             runs.append({
                 "method": run["method"], "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"],
                 "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, run["data"])),
-                "budget": tuple((k, args.get(k, v)) for k, v in MODGRAD_BUDGET.items())
-                + (("episodes", "paper" if round(episodes, -3) == MODGRAD_EPISODES[args["backbone"]] else episodes),
-                   ("synthetic", run["synthetic"])),
+                "budget": (*((k, None if done[k] == v else (done[k], v)) for k, v in budget.items()), ("synthetic", run["synthetic"])),
                 "scores": scores[0], "best": {"scores": scores[1], "iteration": best["iteration"]} if best else None,
                 "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"]})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
-    return runs
+    return [run | {"first_seed": min(other["seed"] for other in runs)} for run in runs]
 
 
 def modgrad_budget_text(budget):
-    """What is not the paper's -> Markdown, "" if nothing is."""
+    """What is not the paper's -> Markdown, "" if nothing is. `budget`: {what: None, or (ours, the paper's)}."""
     budget = dict(budget)
-    words = [f"{budget[key]} {UNITS[key].replace('layer 1', 'each layer')} instead of {usual}"
-             for key, usual in MODGRAD_BUDGET.items() if budget[key] != usual]
-    if budget["episodes"] != "paper":
-        words.append(f"{budget['episodes']:,} episodes instead of 50,000")
+    words = ["{:,} {} instead of {:,}".format(budget[key][0], UNITS[key].replace("layer 1", "each layer"), budget[key][1])
+             if key != "precision" else f"{budget[key][0]} instead of {budget[key][1]}" for key in MODGRAD_BUDGET if budget[key]]
     return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
 
 
@@ -380,6 +380,61 @@ def modgrad_block(runs):
             + table(runs, columns) + ("\n" + table(pairs, differences) if pairs else ""))
 
 
+def completion_tables(folders):
+    """The runs of modgrad_completion.py under the folders -> parts of tables.md: ModGrad's Table 3, one for each budget."""
+    groups, orders = {}, [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = json.loads(file.read_text())
+            if "pixels" not in run:
+                continue
+            args = run["args"]
+            usual = dict(zip(("steps", "alpha", "adapt"), modgrad_completion.DEFAULTS[args["algorithm"]])) | {
+                "rank": 5, "context": 128, "hidden": 128, "inner_clip": 10.0, "first_order": False, "lr": 1e-3, "lr_halve_every": 0, "seed": 0}
+            flags = {k: args[k] for k, v in usual.items() if k != "adapt" and args.get(k, v) != v}
+            name = run["method"], label({"method": "", "options": flags, "seed": None})         # of rows
+            key = (tuple(run["modes"]), run["synthetic"], args["image_size"], args["precision"], run["iterations"], args["meta_batch"],
+                   run["test_tasks"])
+            cells = groups.setdefault(key, {})
+            if (name, (run["order"], run["pixels"])) in cells:
+                print(f"note: {file} repeats another run and is left out", file=sys.stderr)
+            cells.setdefault((name, (run["order"], run["pixels"])), (np.array(run["per_task"]), run["data"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+    parts = []
+    for (modes, synthetic, size, precision, iterations, batch, tasks), cells in sorted(groups.items()):
+        columns = [order for order in orders if any(order == other for _, other in cells)]
+        columns += sorted({order for _, order in cells} - set(orders))
+        names = list(modgrad_completion.PAPER)
+        rows = sorted({name for name, _ in cells}, key=lambda name: (names.index(name[0]) if name[0] in names else len(names), name))
+        known = modes == ("celeba",) and not synthetic
+
+        def score(cell, sign=""):
+            return f"{cell.mean():{sign}.4f} ± {1.96 * cell.std(ddof=1) / math.sqrt(len(cell)):.4f}"
+
+        def made(name, order, cells=cells, score=score):
+            return score(cells[name, order][0]) if (name, order) in cells else "missing"
+
+        def published(name, order, known=known):
+            numbers = modgrad_completion.PAPER.get("".join(name), {})
+            return f" ({numbers[order]:.3f})" if known and order in numbers else ""
+
+        def against(name, order, cells=cells, score=score):
+            pair = [cells.get((x, order)) for x in (("ModGrad", name[1]), name)]
+            return score(pair[0][0] - pair[1][0], "+") if None not in pair and pair[0][1] == pair[1][1] else "-"
+        about = [*(["Synthetic images"] if synthetic else []), *([f"{size} px instead of 32"] if size != 32 else []), *([precision] if precision != "fp32" else []),
+                 *([f"{iterations:,} iterations of {batch} images instead of 50,000 of 25"] if (iterations, batch) != (50000, 25) else [])]
+        head = {order: f"{order[1]} {order[0]} pixels" for order in columns}
+        parts.append(
+            f"### Image completion, {' + '.join(modes)}\n\n" + "".join(f"**{x}.** " for x in about) +
+            f"{tasks:,} test images; mean squared error over all pixels, 95 % interval over images"
+            + "; in brackets ModGrad's Table 3" * known + ".\n\n"
+            + table(rows, {"method": "".join} | {head[o]: lambda name, o=o: made(name, o) + published(name, o) for o in columns})
+            + "\n" + table([name for name in rows if name[0] != "ModGrad"], {"difference, image by image": lambda name: f"ModGrad - {''.join(name)}"} | {
+                head[o]: lambda name, o=o: against(name, o) for o in columns}))
+    return parts
+
+
 def against_shots(runs, file):
     """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
     import matplotlib
@@ -411,7 +466,7 @@ def modgrad_tables(found, out, figures):
         runs = [run for other, group in groups.items() if other[:-1] == key for run in group.values()]
         if len({run["shots"] for run in runs}) > 1 and importlib.util.find_spec("matplotlib"):
             budget = dict(key[1])
-            words = ["synthetic"] * budget["synthetic"] + ["+".join(key[0]), f"{key[2]}way", *(str(budget[k]) for k in (*MODGRAD_BUDGET, "episodes"))]
+            words = ["synthetic"] * budget["synthetic"] + ["+".join(key[0]), f"{key[2]}way", *(str(budget[k][0]) for k in MODGRAD_BUDGET if budget[k])]
             figures.append((against_shots, runs, out / f"modgrad-shots-{'-'.join(words)}.png"))
             parts.append(f"![Accuracy against shots]({figures[-1][-1].name})\n")
     return parts
@@ -474,8 +529,8 @@ def main():
         if label(run) in table_of:
             print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
         table_of.setdefault(label(run), run)
-    other = read_modgrad(args.folders)
-    if not groups and not other:
+    other, completions = read_modgrad(args.folders), completion_tables(args.folders)
+    if not groups and not other and not completions:
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
@@ -499,9 +554,8 @@ def main():
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
-    if other:
-        parts.append("# ModGrad: tables from result files\n")
-        parts += modgrad_tables(other, out, figures)
+    if other or completions:
+        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *completions]
     text = ("# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
             "bench.py measures speed.\n\n" + "\n".join(parts))
     print(text)

@@ -49,6 +49,7 @@ SELF = 0.95             # --alpha auto: the median self-transference
 NEUTRAL = 0.05          # points of accuracy
 SWEEP = (0.25, 0.5, 2.0, 4.0)                           # times alpha
 ALONG_SOURCES = 60
+COMPARED = ("positive", "negative", "below_one", "mean")
 
 
 def get_args(argv=None):
@@ -290,8 +291,26 @@ def describe(ratios, gains, draws=1000):
     return numbers | {"per_target": per_target}
 
 
-def cell(numbers, digits=1):
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=digits) if numbers else "-"
+def compare(one, two, draws=1000):
+    """Rows of two states, measured on the same sources and targets -> {name: [number of one minus that of two, ends of its 95 %
+    interval]}: both are resampled alike. Shares are None where one of the two has none (see `describe`). A row is
+    (LR (I, J), gains (I, J), what `describe` says of them)."""
+    pairs = [row[:2] for row in (one, two)]
+    rng, (I, J) = np.random.default_rng(0), pairs[0][0].shape
+
+    def difference(at):
+        first, second = (statistics(ratios[at], gains[at]) for ratios, gains in pairs)
+        return [first[name] - second[name] for name in COMPARED]
+    found, samples = difference(np.ix_(range(I), range(J))), []
+    for _ in range(draws):
+        samples.append(difference(np.ix_(rng.integers(0, I, I), rng.integers(0, J, J))))
+    ends = np.percentile(samples, (2.5, 97.5), axis=0).T
+    return {name: [float(x), *map(float, end)] if one[2][name] and two[2][name] else None
+            for name, x, end in zip(COMPARED, found, ends)}
+
+
+def cell(numbers, digits=1, sign=""):
+    return "{:{s}.{d}f} ({:{s}.{d}f} to {:{s}.{d}f})".format(*numbers, d=digits, s=sign) if numbers else "-"
 
 
 # ------------------------------------------------------------------------------------------------------ figures
@@ -359,7 +378,7 @@ def curves(along, file, about):
 # --------------------------------------------------------------------------------------------------------- main
 def main():
     args = get_args()
-    found, out, figures = [], Path(args.out), importlib.util.find_spec("matplotlib") is not None
+    found, measured, out, figures = [], [], Path(args.out), importlib.util.find_spec("matplotlib") is not None
     runs = [(moment, state) for moment in args.at for place in args.checkpoint for state in states(place, [moment], args.device)]
     if not runs:
         fail(f"none of {' '.join(args.checkpoint)} has a state at {' '.join(args.at)}")
@@ -396,12 +415,20 @@ def main():
               f"{' | '.join(cell(row['all'][k]) for k in ('positive', 'negative', 'neutral', 'below_one'))} | "
               f"{cell(row['all']['mean'], 4)} | {row['all']['median'][0]:.4f} | {row['self']['median']:.4f} |", flush=True)
         found.append(row)
+        measured.append((ratios, gains))
         save(args, options, found, {})                      # what is measured is kept, whatever comes
         if args.sweep:
             few = Task(*(x[:ALONG_SOURCES] for x in sources))
             row["sweep"] = {factor: describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
         if args.matrix is not None:
             row["matrix"] = matrix(args, state)
+    pairs = [(i, j) for j, two in enumerate(found) for i, one in enumerate(found) if i > j and one["moment"] == two["moment"]]
+    if pairs:
+        print("\nDifferences, on the same source and target tasks\n\n| states | positive, % | negative, % | LR < 1, % | mean LR |\n|" + " --- |" * 5)
+    for i, j in pairs:
+        one, two = found[i], found[j]
+        one.setdefault("minus", {})[two["state"]] = numbers = compare((*measured[i], one["all"]), (*measured[j], two["all"]))
+        print(f"| {one['state']} - {two['state']} | {' | '.join(cell(numbers[k], 4 if k == 'mean' else 1, '+') for k in COMPARED)} |")
     if args.sweep:
         print(f"\nThe same at other step sizes, {min(ALONG_SOURCES, args.source_tasks)} source tasks\n\n| state | times alpha | positive, % | "
               "negative, % | neutral, % | LR < 1, % |\n| --- | --- | --- | --- | --- | --- |")
