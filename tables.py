@@ -322,8 +322,8 @@ def read_modgrad(folders):
                                                                      or run["iterations"] * args["meta_batch"]}
             runs.append({
                 "method": run["method"], "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"],
-                "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, run["data"])),
-                "budget": (*((k, None if done[k] == v else (done[k], v)) for k, v in budget.items()), ("synthetic", run["synthetic"])),
+                "alpha": args["alpha"], "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file,
+                "data": dict(zip(modes, run["data"])), "budget": (*((k, None if done[k] == v else (done[k], v)) for k, v in budget.items()), ("synthetic", run["synthetic"])),
                 "scores": scores[0], "best": {"scores": scores[1], "iteration": best["iteration"]} if best else None,
                 "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"]})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -453,15 +453,41 @@ def against_shots(runs, file):
     plt.close(figure)
 
 
+def trials_block(runs):
+    """Trials of step sizes -> Markdown: what each method was tried with, the last validation accuracy in its log, the best bold.
+    A trial is a run in a folder called `trials`; it stands in no other table."""
+    first, found = runs[0], {}
+    for run in runs:
+        try:
+            lines = [json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()]
+            last = [line["validation"]["paper"]["overall"] for line in lines if "validation" in line][-1]
+        except (OSError, ValueError, KeyError, IndexError):
+            fail(f"{run['file'].parent} is a trial without validation in its log: train it with --val-every, or remove it")
+        name = label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}})
+        found.setdefault(name, []).append((run["alpha"], last["mean"], last["ci95"]))
+
+    def cells(name):
+        best = max(found[name], key=lambda trial: trial[1])
+        shown = [f"{alpha:g}: {mean:.2f} ± {half:.2f}" for alpha, mean, half in sorted(found[name])]
+        return ", ".join(f"**{text}**" if trial is best else text for text, trial in zip(shown, sorted(found[name])))
+    return (f"### Trials of step sizes on validation classes, {' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot\n\n"
+            f"{modgrad_budget_text(first['budget'])}\n\n"
+            + table(sorted(found), {"method": str, "size of an inner step: accuracy in %, paper protocol": cells}))
+
+
 def modgrad_tables(found, out, figures):
     """Runs of read_modgrad -> the parts of tables.md that are about them; appends to `figures` (function, its arguments)."""
-    groups = {}
+    groups, trials = {}, {}
     for run in found:
+        if "trials" in run["file"].parts:
+            trials.setdefault(tuple(str(run[k]) for k in ("modes", "budget", "ways", "shots")), []).append(run)
+            continue
         group = groups.setdefault(tuple(run[k] if k != "modes" else tuple(run[k]) for k in ("modes", "budget", "ways", "shots")), {})
         if label(run) in group:
             print(f"note: {run['file']} repeats {group[label(run)]['file']} and is left out", file=sys.stderr)
         group.setdefault(label(run), run)
     parts = [modgrad_block(list(groups[key].values())) for key in sorted(groups, key=str)]
+    parts += [trials_block(trials[key]) for key in sorted(trials)]
     for key in dict.fromkeys(key[:-1] for key in sorted(groups, key=str)):
         runs = [run for other, group in groups.items() if other[:-1] == key for run in group.values()]
         if len({run["shots"] for run in runs}) > 1 and importlib.util.find_spec("matplotlib"):

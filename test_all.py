@@ -2039,6 +2039,20 @@ def test_tables_of_modgrad_are_exactly_as_expected(tmp_path):
     assert (tmp_path / "out" / figure).exists()
 
 
+def test_tables_list_the_trials_of_step_sizes(tmp_path):
+    for name, alpha, accuracy in (("a", 0.1, 40), ("b", 0.01, 42), ("c", 1, 30)):
+        make_result(tmp_path / "trials" / name, "MAML", ["miniimagenet"], [0, 0], [0, 0], args=vars(get_args(modgrad, "--algorithm", "maml", "--alpha", alpha)))
+        lines = [{"iteration": t, "accuracy": {"miniimagenet": 1}, "validation": {"paper": {"overall": {"mean": accuracy - 6 + t, "ci95": 1.5}}}} for t in (1, 6)]
+        (tmp_path / "trials" / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = run("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "| MAML | **0.01: 42.00 ± 1.50**, 0.1: 40.00 ± 1.50, 1: 30.00 ± 1.50 |" in done.stdout
+    assert "ModGrad and its rivals" not in done.stdout, "trials are no results"
+    (tmp_path / "trials" / "a" / "log.jsonl").write_text("")
+    done = run("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n"), "--val-every" in done.stderr) == (2, 1, True)
+
+
 def test_tables_of_modgrad_tell_seeds_and_backbones(tmp_path):
     base = vars(get_args(modgrad)) | {"steps": 1, "alpha": 0.1}
     for name, method, more in (("a", "ModGrad", {}), ("b", "ModGrad", {"seed": 1}),
