@@ -2393,10 +2393,16 @@ def test_readme_says_what_the_result_files_say(tmp_path):
             for modes in (run_["modes"], *([mode] for mode in run_["modes"])):
                 assert tables.show(tables.score(run_, protocol, modes)) in shown
 
+    for method in ("protonet", "mprotonet+kml"):
+        run_ = runs[f"42px/2mode/5shot/{method}"]
+        shown = [tables.show(tables.score(run_, protocol, run_["modes"])) for protocol in ("paper", "inductive")]
+        assert f"| {'MProtoNet+KML' if 'kml' in method else 'ProtoNet'} | {' | '.join(shown)} | " in readme
+
     def difference(one, two):
         return tables.show(tables.difference(runs[one], runs[two], "paper", runs[one]["modes"]), "+")
     for one, two in (("mmaml+kml", "mmaml"), ("mmaml+kml", "maml"), ("mmaml", "maml")):
         assert f"{one.removeprefix('mmaml+').upper()} - {two.upper()} {difference(*(f'28px/2mode/5shot/{x}' for x in (one, two)))}" in readme
+    assert f"KML - ProtoNet is {difference('42px/2mode/5shot/mprotonet+kml', '42px/2mode/5shot/protonet')}" in readme
     pairs = [re.findall(r"`([^`]*)`", line) for line in re.findall(r"<!-- (.*?) -->", readme)]
     for one, two in pairs:                              # <!-- `run` `other run` -->: what is said next, for each seed
         said = " and ".join(difference(f"residual/seed{seed}/{one}", f"residual/seed{seed}/{two}") for seed in (0, 1))
@@ -2429,10 +2435,13 @@ def test_committed_tables_are_those_of_the_result_files(tmp_path):
 
 
 def test_readme_says_what_was_found_inside_the_modulation():
-    readme, found = (HERE / "README.md").read_text(), json.loads((RESULTS / "residual" / "modulation.json").read_text())
+    readme = (HERE / "README.md").read_text()
+    found = [row for folder in ("residual", "42px") for row in json.loads((RESULTS / folder / "modulation.json").read_text())]
+    assert len(found) == 5
     for row in found:
         assert row["synthetic"] is False
         change = [row["change"][k]["overall"] for k in ("its mode's mean", "the mean of all", "another mode's mean")]
         cells = [f"{row['accuracy']['its own v']['overall']['mean']:.2f}", *(f"{x['mean']:+.2f} ± {x['ci95']:.2f}" for x in change)]
         name = "W * M" if row["no_residual"] else "W * (1 + M)"
-        assert f"| {name}, seed {row['seed']} | {' | '.join(cells)} |" in readme
+        long = ", 10,000 iterations" * (row["iteration"] == 10000)
+        assert f"| {name}, seed {row['seed']}{long} | {' | '.join(cells)} |" in readme
