@@ -197,16 +197,16 @@ def draw(rows, about, out):
         axis.minorticks_off()
         axis.set(xlabel="standard deviation of the noise on each entry of the inner gradient", ylabel="accuracy in %, paper protocol")
         axis.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="x-small")
+        figure.legend(loc="outside lower center", fontsize="x-small", ncols=2)
         figure.suptitle(textwrap.fill(about, 90), fontsize="medium")
         figure.savefig(out / "gradient-noise.png", dpi=110)
         plt.close(figure)
     rows = [row for row in rows if row.get("spectrum")]
     if rows:
-        kernels = list(dict.fromkeys(k for row in rows for k in row["spectrum"]))
+        kernels = sorted({k for row in rows for k in row["spectrum"]})
         figure, axes = plt.subplots(1, len(kernels), figsize=(4.5 * len(kernels), 4), squeeze=False, layout="constrained", sharey=True)
         for k, axis in zip(kernels, axes[0]):
-            for i, row in enumerate(row for row in rows if k in row["spectrum"]):
+            for i, row in ((i, row) for i, row in enumerate(rows) if k in row["spectrum"]):      # a run has one colour in all panels
                 for name, style in (("raw", ":"), ("modulated", "-")):
                     values = row["spectrum"][k][name]
                     axis.plot(range(1, len(values) + 1), values, style, color=f"C{i}", label=f"{label(row)}, {name}", linewidth=1.4)
