@@ -181,7 +181,7 @@ def spectrum_table(rows):
     return "\n".join(lines)
 
 
-def draw(rows, about, out):
+def draw(rows, about, args, out):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -198,7 +198,7 @@ def draw(rows, about, out):
         axis.set(xlabel="standard deviation of the noise on each entry of the inner gradient", ylabel="accuracy in %, paper protocol")
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(textwrap.fill(about, 90), fontsize="medium")
+        figure.suptitle(textwrap.fill(f"{about}, {args.tasks} test tasks, 95 % intervals", 90), fontsize="medium")
         figure.savefig(out / "gradient-noise.png", dpi=110)
         plt.close(figure)
     rows = [row for row in rows if row.get("spectrum")]
@@ -214,7 +214,7 @@ def draw(rows, about, out):
             axis.grid(alpha=0.3)
         lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
         figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(textwrap.fill(about, 60 * len(kernels)), fontsize="medium")
+        figure.suptitle(textwrap.fill(f"{about}, mean of {args.step_tasks} test tasks", 60 * len(kernels)), fontsize="medium")
         figure.savefig(out / "gradient-spectrum.png", dpi=110)
         plt.close(figure)
 
@@ -257,14 +257,13 @@ def main():
     about = f"{'SYNTHETIC ' * o.synthetic}{'+'.join(o.modes)}, {o.ways}-way {o.shots}-shot, {o.image_size} px"
     print(f"{about}; last parameters")
     if args.gradient_noise:
-        about += f", {args.tasks} test tasks, 95 % intervals"
         print(f"\nAccuracy in % (paper protocol) with noise on the inner gradients, {args.tasks} test tasks\n\n{noise_table(rows)}")
     if args.spectrum:
         print(f"\nSingular values with {100 * ENERGY:.0f} % of the energy of the first step, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}")
     kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "runs")}
     atomic_write(out / "gradients.json", json.dumps({"setting": kept, "found": rows}, allow_nan=False) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
-        draw(rows, about, out)
+        draw(rows, about, args, out)
     else:
         print("note: matplotlib is not installed, so there are no figures")
 

@@ -132,6 +132,16 @@ for order in random ordered; do
     done
 done
 
+# ModGrad, Figure 8: reinforcement learning, navigation with two seeds. (The half-cheetahs need gymnasium[mujoco]. There are no
+# images here, so --synthetic does not concern these cells.)
+for env in navigation cheetah-dir cheetah-vel; do
+    for algorithm in maml cavia modgrad; do
+        rl="modgrad_rl.py --env $env --algorithm $algorithm"
+        synthetic="" cell "modgrad/figure8/$env/$algorithm" "" "$rl"
+        if [ $env = navigation ]; then synthetic="" cell "modgrad/figure8/$env/$algorithm-seed1" "" "$rl" --seed 1; fi
+    done
+done
+
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 

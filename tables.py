@@ -3,8 +3,8 @@
     python tables.py [FOLDER ...] [--out results]
 
 reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
-<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations, and
-ModGrad's Figure 6 where there are several numbers of shots.
+<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations,
+ModGrad's Figure 6 where there are several numbers of shots, and its Figure 8.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
 iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
@@ -22,6 +22,7 @@ import numpy as np
 
 import modgrad
 import modgrad_completion
+import modgrad_rl
 from data import atomic_write, fail
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -309,7 +310,7 @@ def read_modgrad(folders):
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = json.loads(file.read_text())
-            if "algorithm" not in run.get("args", {}) or "pixels" in run:
+            if "algorithm" not in run.get("args", {}) or "pixels" in run or "env" in run:
                 continue
             args, modes, best = run["args"], run["modes"], run.get("best_on_validation")
             steps, alpha, _ = modgrad.DEFAULTS[args["algorithm"]]
@@ -435,6 +436,103 @@ def completion_tables(folders):
     return parts
 
 
+# What the runs of an environment must have in common to stand in one table, with the protocol's value, and how to say it.
+RL_BUDGET = {"iterations": (500, "iterations"), "meta_batch": (40, "tasks an iteration"), "rollouts": (20, "rollouts"), "horizon": (None, "steps"),
+             "hidden": (100, "units"), "gamma": (0.95, "discount")}
+
+
+def rl_tables(folders, out, figures):
+    """The runs of modgrad_rl.py under the folders -> parts of tables.md: ModGrad's Figure 8, one for each environment and budget;
+    appends to `figures` (function, its arguments)."""
+    groups = {}
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = json.loads(file.read_text())
+            if "env" not in run:
+                continue
+            args, env = run["args"], run["env"]
+            alpha, _ = modgrad_rl.DEFAULTS[args["algorithm"]]
+            if env != "navigation":
+                alpha = modgrad_rl.CHEETAH_ALPHA.get(args["algorithm"], alpha)
+            context = (5 if env == "navigation" else 50) if args["algorithm"] == "cavia" else 128
+            usual = {"alpha": alpha, "context": context, "rank": 5, "updates": 1, "first_order": False, "gae_lambda": 1.0, "max_kl": 0.01,
+                     "cg_steps": 10, "cg_damping": 1e-5, "fisher_fraction": 0.25, "line_search": 15}
+            usual = {k: v for k, v in usual.items() if args["algorithm"] != "maml" or k not in ("context", "rank")}
+            budget = {"iterations": run["iterations"]} | {k: args[k] for k in RL_BUDGET if k != "iterations"}
+            run |= {"options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"], "file": file,
+                    "budget": budget, "scores": np.array(run["per_task"])}
+            key = (env, *budget.values(), run["tasks_sha256"], len(run["scores"]))
+            group = groups.setdefault(key, {})
+            if (label(run, False), run["seed"]) in group:
+                print(f"note: {file} repeats another run and is left out", file=sys.stderr)
+            group.setdefault((label(run, False), run["seed"]), run)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+    parts = []
+    for (env, *_), group in sorted(groups.items(), key=str):
+        names = list(modgrad_rl.PAPER)
+        runs = sorted(group.values(), key=lambda run: (run["seed"], names.index(run["method"]) if run["method"] in names else len(names), label(run, False)))
+        runs = [run | {"first_seed": -1 if len({run["seed"] for run in runs}) > 1 else run["seed"]} for run in runs]
+        first, updates = runs[0], len(runs[0]["scores"])
+
+        def score(x, sign=""):
+            return f"{x.mean():{sign}.2f} ± {1.96 * x.std(ddof=1) / math.sqrt(len(x)):.2f}"
+        usual = {k: v for k, (v, _) in RL_BUDGET.items()} | {"horizon": modgrad_rl.HORIZON[env]}
+        other = [f"{first['budget'][k]:g} {RL_BUDGET[k][1]} instead of {v:g}" for k, v in usual.items() if first["budget"][k] != v]
+        if other[:2] == [x for x in other if "iteration" in x] and len(other) > 1:
+            other[:2] = [f"{first['budget']['iterations']:,} iterations of {first['budget']['meta_batch']} tasks instead of 500 of 40"]
+        heads = ["before", *(f"after {k} update{'s' * (k > 1)}" for k in range(1, updates))]
+        columns = {"method": label} | {head: lambda run, k=k, score=score: score(run["scores"][k]) for k, head in enumerate(heads)}
+        columns |= {"ModGrad's Figure 8, after 1 update": lambda run, env=env: modgrad_rl.PAPER.get(run["method"], {}).get(env, "-"),
+                    "s an iteration": lambda run: f"{run['seconds_per_iteration']:.2g}"}
+        ours = [run for run in runs if label(run, False) == "ModGrad"]
+        pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
+        text = (f"### Reinforcement learning, {env}\n\n" + "".join(f"**{x}.** " for x in other)
+                + f"{first['test_tasks']:,} test tasks; return of a rollout, not discounted, 95 % interval over tasks.\n\n" + table(runs, columns))
+        if pairs:
+            text += "\n" + table(pairs, {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}"} | {
+                head: lambda pair, k=k, score=score: score(pair[0]["scores"][k] - pair[1]["scores"][k], "+") for k, head in enumerate(heads)})
+        parts.append(text)
+        if importlib.util.find_spec("matplotlib"):
+            words = [str(v) for k, v in first["budget"].items() if v != usual[k]]
+            file = out / f"{'-'.join(['rl', env, *words])}.png"
+            figures.append((rl_curves, runs, "; ".join(other), file))
+            parts.append(f"![Returns]({file.name})\n")
+    return parts
+
+
+def rl_curves(runs, about, file):
+    """ModGrad's Figure 8: left, returns of training tasks before (dotted) and after the update against iterations; right, of test
+    tasks against updates, 95 % intervals -> PNG `file`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    methods = sorted({label(run, False) for run in runs})
+    for run in runs:
+        style = {"color": f"C{methods.index(label(run, False))}", "alpha": 1.0 if run["seed"] == min(r["seed"] for r in runs) else 0.5}
+        log = run["file"].parent / "log.jsonl"
+        try:
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            of = max(1, len(lines) // 50)                   # at most about 50 points
+            points = np.array([[line["iteration"], line["returns"][0], line["returns"][-1]] for line in lines[len(lines) % of:]]).reshape(-1, of, 3).mean(1)
+            left.plot(points[:, 0], points[:, 2], linewidth=1.4, **style)
+            left.plot(points[:, 0], points[:, 1], ":", linewidth=1, **style)
+        except (OSError, ValueError, KeyError):
+            print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
+        scores = run["scores"]
+        right.errorbar(range(len(scores)), scores.mean(1), 1.96 * scores.std(1, ddof=1) / math.sqrt(scores.shape[1]), capsize=2, marker="o",
+                       markersize=3, label=label(run).replace("`", ""), **style)
+    left.set(xlabel="iterations", ylabel="return on training tasks, before (dotted) and after")
+    right.set(xlabel="inner updates", ylabel="return on test tasks", xticks=range(len(runs[0]["scores"])))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.suptitle(f"{runs[0]['env']}\n{about}".strip(), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def against_shots(runs, file):
     """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
     import matplotlib
@@ -555,12 +653,13 @@ def main():
         if label(run) in table_of:
             print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
         table_of.setdefault(label(run), run)
-    other, completions = read_modgrad(args.folders), completion_tables(args.folders)
-    if not groups and not other and not completions:
+    figures = []
+    other, more = read_modgrad(args.folders), [*completion_tables(args.folders), *rl_tables(args.folders, out, figures)]
+    if not groups and not other and not more:
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
-    parts, seen, figures = [], set(), []
+    parts, seen = [], set()
     for group in (groups[key] for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))):
         singles = {(run["method"], modes[0]): run for modes, runs in group.items() if len(modes) == 1
                    for run in runs.values() if label(run) in ("Multi-MAML", "Multi-ProtoNet")}
@@ -580,8 +679,8 @@ def main():
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
-    if other or completions:
-        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *completions]
+    if other or more:
+        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *more]
     text = ("# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
             "bench.py measures speed.\n\n" + "\n".join(parts))
     print(text)
