@@ -49,6 +49,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
+KINDS = ("classification",)         # high-level tasks
 ALIASES = {"cifar": "fc100", "bird": "cub"}         # the names the released KML code uses
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 CACHE_FORMAT = 1                                    # raise when the decoded pixels would change
@@ -1068,6 +1069,28 @@ class Completions:
         for array in self.indices(0, count):
             digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+class MetaTasks:
+    """Subtasks of several high-level tasks, which take turns: task number g is of the (g mod J)th of them, its number g // J.
+
+    Args: args, the flags of a script, among them tasks, J of KINDS. split.
+    """
+
+    def __init__(self, args, split):
+        self.split = split
+        self.of = [Episodes.of(args, split) for _ in args.tasks]
+        self.folders = list(dict.fromkeys(folder for sampler in self.of for folder in sampler.folders))
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1, both multiples of J -> a Task with count / J leading for each high-level task."""
+        J = len(self.of)
+        return [sampler.tasks(first // J, count // J) for sampler in self.of]
+
+    def sha256(self, count):
+        """A hash of the first `count` tasks; of one high-level task, that of its sampler."""
+        hashes = [sampler.sha256(count // len(self.of)) for sampler in self.of]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def distinct(u, counts):
