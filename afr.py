@@ -44,6 +44,8 @@ a deviation of 0.1, and predicts with the mean of p; leaky ReLUs in decoders, wh
 Left out: BMAML, EMAML and the other rows of Table 2 that are of other papers; the MMT data, never released.
 """
 import argparse
+import importlib.util
+import io
 import json
 import math
 import os
@@ -67,13 +69,14 @@ PROTOCOLS = {"paper": "BatchNorm statistics of the query images together, as in 
              "inductive": "BatchNorm statistics of the adapted network on the support images"}
 KEYS = ("accuracy", "accuracy_inductive", "nil_or_error", "nil_or_error_inductive")         # of what is measured: see `measures`
 PER_TASK = ("per_task", "per_task_inductive", "per_task_nil_or_error", "per_task_nil_or_error_inductive")
-QUICK = {"image_size": 28, "iterations": 250, "test_tasks": 200, "val_every": 0}
+QUICK = {"image_size": 28, "iterations": 250, "test_tasks": 240}
 TABLE, PAPER = "paper's Table 2", defaultdict(dict, {        # mini-ImageNet, 5 ways, in %: (CE, NIL) of 1-shot and of 5-shot
     "MAML": {"M": ((48.7, 49.1), (63.1, "-"))}, "ANIL": {"M": ((48.1, 49.5), (61.0, "-"))},
     "AM": {"M": ((51.1, 52.3), (64.6, "-"))}, "P-AM": {"M": ((48.9, 50.2), (63.17, "-"))}})
-ALPHA = {"classification": 0.1, "depth": 0.05, "normals": 0.05, "vanishing": 0.001}        # of the head alone
+ALPHA = {"classification": 0.1, "depth": 0.01, "normals": 0.03, "vanishing": 0.001}        # of the head alone
 LOSS_WEIGHTS = {"classification": 1.0, "depth": 10.0, "normals": 10.0, "vanishing": 10.0}
 DECODER = {"depth": (4, 1), "normals": (8, 3)}      # filters of a decoder's blocks, channels of its output
+REPORTED = 150                                      # test subtasks whose w --attention-report shows (P: 150)
 LABEL_FILTERS = 4                                   # of the CNN that makes a vector of a label image
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 16, "filters": 1, "meta_batch": 1, "log_every": 1,
          "save_every": 1, "test_tasks": 2, "val_tasks": 2, "steps": 1, "attention_blocks": 1, "attention_width": 1,
@@ -114,13 +117,14 @@ def get_args(argv=None):
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes or --tasks together")
     p.add_argument("--transfer", nargs="+", default=[], metavar="MODE", help="classify these test classes too (P: mini-Places)")
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--val-tasks", type=int, default=200, help="over all modes or --tasks together")
+    p.add_argument("--val-tasks", type=int, default=240, help="over all modes or --tasks together")
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
+    p.add_argument("--report-tasks", type=int, default=10, help="test subtasks on whose data --attention-report trains weights")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
     p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
@@ -128,6 +132,7 @@ def get_args(argv=None):
     p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
+    start.add_argument("--attention-report", action="store_true", help="of the checkpoint: the paper's Figure 3")
     start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
     defaults = vars(p.parse_args([]))
     if p.parse_known_args(argv)[0].quick:
@@ -150,15 +155,18 @@ def get_args(argv=None):
                  f"--tasks {' '.join(args.tasks)}")
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.transfer = [canonical_mode(mode, args.data_root) for mode in args.transfer]
-    if not alone and len(args.modes) > 1:
+    cast = "scenes" in args.modes
+    if (not alone or cast) and len(args.modes) > 1:
         fail(f"--modes {' '.join(args.modes)}: with --tasks {' '.join(args.tasks)} give one")
     if args.transfer and "classification" not in args.tasks:
         fail("--transfer is about classification: have it in --tasks")
-    if args.transfer and "scenes" in args.modes:
+    if args.transfer and cast:
         fail("--transfer: from ray-cast scenes to another data set is not offered; leave it out")
-    args.synthetic |= "scenes" in args.modes                # ray-cast: in no case real images
+    if args.attention_report and args.modulation == "none":
+        fail("--attention-report is about attention modules: give --modulation am or pam")
+    args.synthetic |= cast                                  # in no case real images
     args.method = METHODS[args.algorithm, args.modulation]
-    args.strata = args.modes if alone else args.tasks       # what results are told apart by
+    args.strata = args.modes if alone and not cast else args.tasks          # what results are told apart by
     args.title = f"{args.method} {data_name(args)}" + f": {'+'.join(args.tasks)}" * (not alone)
     if args.out is None:                                # named by its method and what is not default
         words = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in identity(args).items()
@@ -169,7 +177,7 @@ def get_args(argv=None):
     if args.device not in ("cpu", *gpus):
         fail(f"--device {args.device}: not there; choose from {' '.join(['cpu', *gpus])}")
     for key, value in vars(args).items():
-        least = LEAST.get(key, 0) * (len(args.strata) if key.endswith("_tasks") else 1)
+        least = LEAST.get(key, 0) * (len(args.strata) if key in ("test_tasks", "val_tasks") else 1)
         if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
             fail(f"--{key.replace('_', '-')} {value}: give a number from {least} on")
         if key in ("test_tasks", "val_tasks") and value % len(args.tasks):
@@ -442,6 +450,90 @@ def draws(number, args):
     return torch.randn(args.meta_batch, len(args.tasks), 4, args.filters, generator=rng).to(args.device)
 
 
+def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02):
+    """Channel weights trained alone, from 1, on all data (x, y) of a test subtask, network and adapted head fixed -> w (B, C).
+
+    The paper gives neither optimiser nor steps: Adam, over random batches, BatchNorm with each one's statistics."""
+    with torch.no_grad():
+        adapted, _ = adapt(params, task, args, kind)
+    adapted, rng = {k: v.detach() for k, v in adapted.items()}, torch.Generator().manual_seed(0)
+    w = torch.zeros(4, args.filters, device=x.device, requires_grad=True)
+    optimizer = torch.optim.Adam([w], lr=rate)
+    for _ in range(steps):
+        of = torch.randperm(len(x), generator=rng)[:batch].to(x.device)
+        optimizer.zero_grad()
+        criterion(kind, predict(adapted, kind, embed(adapted, x[of], Norm(), w), args), y[of]).backward()
+        optimizer.step()
+    return w.detach()
+
+
+def attention_report(params, test, args):
+    """Figure 3, of each of --tasks: w of many test subtasks; and, of the first --report-tasks, how far w points where channel
+    weights go that are trained on all data of the subtask: cosine, and share of equal signs. As what w would have without
+    looking at the subtask, the same of the w of the next one. Writes <out>/attention.json and, with matplotlib, attention.png."""
+    found, out = {}, Path(args.out)
+    with tqdm(total=(REPORTED + args.report_tasks) * len(args.tasks), desc="attention", disable=None, leave=False) as bar:
+        for kind, sampler in zip(args.tasks, test.of):
+            w = []
+            for j in range(max(REPORTED, args.report_tasks + 1)):
+                task = Task(*(x[0] for x in sampler.tasks(j, 1)))
+                with torch.no_grad():
+                    w.append(attention(params, kind, embed(params, task.support_x, Norm()), task.support_y, args)[0])
+                bar.update()
+            best, rows = [], []
+            for j in range(args.report_tasks):
+                task = Task(*(x[0] for x in sampler.tasks(j, 1)))
+                best.append(best_weights(params, task, *sampler.everything(j), args, kind))
+                pairs = [(mine, best[j]) for mine in (w[j], w[j + 1])]
+                rows.append(torch.stack([x for one, two in pairs for x in (
+                    F.cosine_similarity(one, two, 1), (one.sign() == two.sign()).float().mean(1))], 1))
+                bar.update()
+            rows = torch.stack(rows).double().cpu().numpy()                 # (tasks, B, 4)
+            names = ("cosine", "same_sign", "cosine_next", "same_sign_next")
+            found[kind] = {"w": torch.stack(w).tolist(), "best": torch.stack(best).tolist(), **{name: {
+                f"block{l + 1}": summary(rows[:, l, i], [kind])["overall"] for l in range(4)} for i, name in enumerate(names)}}
+            spread = torch.stack(w)
+            print(f"\n{args.title}, {kind}: w of {len(w)} test subtasks; {args.report_tasks} beside weights trained on all data\n"
+                  f"{'block':8}{'w: mean, size, of which by subtask':38}{'cosine':18}{'next one':18}{'same sign':18}next one")
+            for l in range(4):
+                of = spread[:, l]
+                size = f"{of.mean():+.4f}, {of.square().mean().sqrt():.4f}, {of.std(0, correction=0).square().mean().sqrt():.4f}"
+                cells = [found[kind][name][f"block{l + 1}"] for name in ("cosine", "cosine_next", "same_sign", "same_sign_next")]
+                cells = ["{mean:.3f} +- {ci95:.3f}".format(**x).ljust(18) for x in cells]
+                print(f"{l + 1:<8}{size:38}{''.join(cells)}")
+    atomic_write(out / "attention.json", json.dumps({"method": args.method, "synthetic": args.synthetic, "modes": args.modes,
+                                                     "report_tasks": args.report_tasks, "found": found}) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("note: matplotlib is not installed, so there is no figure")
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(2, len(found), figsize=(2 + 7 * len(found), 7), squeeze=False, layout="constrained")
+    for (kind, of), top, bottom in zip(found.items(), *panels):
+        w, C = np.array(of["w"]), args.filters
+        for l in range(4):
+            at = np.tile(l * C + np.arange(C), len(w))
+            top.plot(at, w[:, l].ravel(), ".", markersize=2, alpha=0.2, color=f"C{l}", label=f"block {l + 1}")
+        top.set(title=f"{kind}: w of {len(w)} test subtasks", xlabel="feature map", ylabel="w")
+        legend = top.legend(loc="upper right", fontsize="small")
+        for handle in legend.legend_handles:
+            handle.set(alpha=1, markersize=8)
+        best, mine, at = np.array(of["best"])[0, 3], w[0, 3], np.arange(C)
+        for values, side, label in ((mine, -0.2, "predicted"), (best, 0.2, "trained on all data")):
+            most = np.abs(values).max().clip(1e-12)
+            bottom.bar(at + side, values / most, 0.4, label=f"{label}, divided by {most:.2g}")
+        bottom.axhline(0, color="black", linewidth=0.8)
+        bottom.set(title="the last block's, first test subtask, each scaled to 1", xlabel="feature map", ylabel="w, scaled")
+        bottom.legend(fontsize="small")
+    figure.suptitle(f"{args.title}, {args.ways}-way {args.shots}-shot")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110)
+    plt.close(figure)
+    atomic_write(out / "attention.png", content.getvalue())
+    print(f"written: {out / 'attention.png'}")
+
+
 # ============================================================================================================
 # Below this line every script has the same text: running tasks, training, evaluation, files.
 
@@ -612,10 +704,14 @@ def main():
         if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
             file.unlink()
     checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
-    if args.eval_only and not checkpoint:
-        fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
+    if (args.eval_only or args.attention_report) and not checkpoint:
+        flag = "--eval-only" if args.eval_only else "--attention-report"
+        fail(f"{flag}, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
     params = checkpoint["params"] if checkpoint else init_params(args)
     params = {k: w.to(args.device).requires_grad_() for k, w in params.items()}
+    if args.attention_report:
+        attention_report(params, test, args)
+        return
     done, seconds = train(params, args, checkpoint, stop)
     if stop and done < args.iterations:
         print(f"stopped by {stop[0]} at iteration {done} of {args.iterations}; the same command continues")

@@ -1319,6 +1319,16 @@ class Episodes:
                     query.div_(255).view(count, N * Q, 3, S, S), labels.repeat_interleave(Q).expand(count, -1),
                     (first + torch.arange(count)) % M)
 
+    def everything(self, number):
+        """All images of the classes of task `number`, with their labels in it -> (n, 3, S, S), (n,)."""
+        m, S = number % len(self.modes), self.size
+        classes, _, turns, _ = (x[0] for x in self.indices(m, number // len(self.modes), 1))
+        parts = [self.images[m][self.offsets[m][c]:][:self.counts[m][c]] for c in classes]
+        if self.modes[m] == "omniglot":
+            parts = [torch.rot90(part, int(quarters), (1, 2)) for part, quarters in zip(parts, turns)]
+        labels = torch.cat([torch.full((len(part),), n, device=self.device) for n, part in enumerate(parts)])
+        return torch.cat(parts).permute(0, 3, 1, 2).expand(-1, 3, S, S).float() / 255, labels
+
     def sha256(self, count):
         """A hash of the first `count` tasks: modes, names and sizes of their classes, and the indices drawn."""
         digest = hashlib.sha256()

@@ -1416,6 +1416,57 @@ def test_several_high_level_tasks_from_start_to_end(few_scenes, tmp_path, cache,
     fails(capsys, lambda: afr.get_args([*map(str, SCENE_WORDS), "--transfer", "cub"]), "leave it out")
 
 
+def test_attention_report(few_scenes, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(afr, "REPORTED", 6)
+    monkeypatch.setattr(afr, "best_weights", functools.partial(afr.best_weights, steps=25))
+    words = [*SCENE_WORDS, "--tasks", "classification", "depth", "--meta-batch", 2, "--iterations", 4, "--attention-lr", 0.1, "--test-tasks", 8, "--val-tasks", 8,
+             "--cache-dir", cache, "--out", tmp_path / "run"]
+    fails(capsys, lambda: call(afr, monkeypatch, *words, "--attention-report"), "--attention-report, but there is no")
+    call(afr, monkeypatch, *words)
+    result = (tmp_path / "run" / "result.json").read_text()
+    call(afr, monkeypatch, *words, "--attention-report", "--report-tasks", 2)
+    report = json.loads((tmp_path / "run" / "attention.json").read_text())
+    assert (report["method"], report["synthetic"], set(report["found"])) == ("AM", True, {"classification", "depth"})
+    params = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["params"]
+    args = get_args(afr, *words)
+    test = data.MetaTasks(args, "test")
+    for kind, sampler in zip(args.tasks, test.of):
+        of = report["found"][kind]
+        w, best = np.array(of["w"]), np.array(of["best"])
+        assert (w.shape, best.shape) == ((6, 4, 4), (2, 4, 4))
+        task = Task(*(x[0] for x in sampler.tasks(1, 1)))
+        with torch.no_grad():
+            mine = afr.attention(params, kind, afr.embed(params, task.support_x, afr.Norm()), task.support_y, args)[0]
+        np.testing.assert_allclose(w[1], mine, atol=1e-6)
+        cosine = [(w[j, 3] * best[j, 3]).sum() / np.linalg.norm(w[j, 3]) / np.linalg.norm(best[j, 3]) for j in range(2)]
+        assert math.isclose(of["cosine"]["block4"]["mean"], np.mean(cosine), abs_tol=1e-3)
+        same = [np.mean(np.sign(w[j + 1, 2]) == np.sign(best[j, 2])) for j in range(2)]
+        assert math.isclose(of["same_sign_next"]["block3"]["mean"], np.mean(same), abs_tol=1e-3)
+        # the trained weights are better on all data than none, with everything else as it was
+        x, y = sampler.everything(0)
+        task = Task(*(x[0] for x in sampler.tasks(0, 1)))
+        with torch.no_grad():
+            adapted, _ = afr.adapt(params, task, args, kind)
+            none, trained = (afr.criterion(kind, afr.predict(adapted, kind, afr.embed(params, x, afr.Norm(), v), args), y)
+                             for v in (None, torch.tensor(best[0]).float()))
+        assert trained < none
+    assert Image.open(tmp_path / "run" / "attention.png").width > 500
+    assert (tmp_path / "run" / "result.json").read_text() == result
+    fails(capsys, lambda: get_args(afr, "--modulation", "none", "--attention-report"), "give --modulation")
+
+
+def test_everything_of_a_task(cache):
+    made = episodes(cache, split="test")
+    for number in (0, 3):                               # of Omniglot, turned, and of mini-ImageNet
+        x, y = made.everything(number)
+        assert (len(x), y.bincount().tolist()) == (200, [40] * 5)
+        task = made.tasks(number, 1)
+        for images, labels in ((task.support_x[0], task.support_y[0]), (task.query_x[0], task.query_y[0])):
+            for image, label in zip(images, labels):
+                at = (x == image).all((1, 2, 3)).nonzero().flatten().tolist()
+                assert len(at) == 1 and y[at[0]] == label
+
+
 def test_gradients_of_several_high_level_tasks_add_up():
     """Eq. 3: the sum over high-level tasks of their mean losses."""
     args, params = make_afr("AM", "--tasks", *data.KINDS)
@@ -2399,6 +2450,25 @@ def test_bench_steps(tmp_path, cache, monkeypatch, capsys):
     assert f"| {middle[2] / middle[0]:.2f} | {middle[2] / middle[1]:.2f} |" in shown
 
 
+def test_bench_reuse(tmp_path, cache, monkeypatch, capsys):
+    words = ["--synthetic", "--modes", "miniimagenet", "--image-size", 16, "--shots", 1, "--cache-dir", cache, "--queries", 2, "--meta-batch", 1]
+    call(bench, monkeypatch, "reuse", *words, "--rounds", 2, "--json", tmp_path / "bench.json")
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())["reuse"]
+    assert [row["method"] for row in found] == list(AFR)
+    maml, _, am, _ = found
+    for what in ("train", "test"):
+        assert f"| {np.median(maml[what]) / np.median(am[what]):.2f} | " in next(line for line in out.splitlines() if line.startswith("| AM"))
+    assert f"| {am['parameters']:,} | {am['parameters'] / maml['parameters']:.2f} |" in out
+    args = argparse.Namespace(synthetic=True, modes=["miniimagenet"], image_size=16, cache_dir=cache, queries=2, meta_batch=1, ways=5, precision="fp32",
+                              data_root="nowhere", device="cpu")
+    for flags in bench.REUSE:                           # what is timed is what test does
+        _, test, options, params = bench.prepare_reuse(flags, args, 1)
+        task = Task(*(x[0] for x in data.MetaTasks(options, "train").tasks(0, 1)[0]))
+        with torch.no_grad():
+            torch.testing.assert_close(test(), afr.test_outputs(params, task, options, "classification")[0])
+
+
 def test_data_tool(tmp_path, cache):
     done = run("data.py", "list", "--data-root", tmp_path)
     assert done.returncode == 0
@@ -2571,6 +2641,86 @@ def test_tables_of_modgrad_are_exactly_as_expected(tmp_path):
     assert (tmp_path / "out" / figure).exists()
 
 
+def make_afr_result(folder, words, values, transfer=None):
+    """A result file as afr.py writes it; `values`: {measure: per-task list}, a single number standing for two tasks of each stratum."""
+    args = get_args(afr, *words)
+    n = len(args.strata)
+
+    def of(values, strata, n=n):
+        found = {key: [float(x) for x in values[key]] for key in afr.KEYS}
+        return dict(zip(afr.PER_TASK, found.values())) | {key: kml.summary(np.array(x), strata) for key, x in found.items()}
+    result = {"method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots, "synthetic": args.synthetic, "strata": args.strata,
+              "data": [f"{mode}-abc" for mode in args.modes], "iterations": args.iterations, "seconds_per_iteration": 0.5, "test_tasks": 2 * n,
+              "parameters": {"backbone": 1000, "head": 100, "attention": 0}, "args": vars(args), **of(values, args.strata),
+              "transfer": {mode: {"data": [f"{mode}-abc"], **of(transfer, [mode])} for mode in args.transfer}}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    line = {stratum: {"mean": 3.0, "ci95": 1.0} for stratum in args.strata}
+    (folder / "log.jsonl").write_text("\n".join(json.dumps({"iteration": t, "validation": dict.fromkeys(afr.KEYS, line)}) for t in (1, 2)))
+
+
+def measured_as(*values):
+    return dict(zip(afr.KEYS, values))
+
+
+def test_tables_of_attentive_feature_reuse_are_exactly_as_expected(tmp_path):
+    words = ["--modes", "miniimagenet", "--image-size", 42, "--iterations", 500, "--transfer", "fc100"]
+    make_afr_result(tmp_path / "a", [*words, "--algorithm", "maml"], measured_as([40, 50], [40, 48], [41, 51], [41, 49]),
+                    measured_as([30, 40], [30, 38], [31, 41], [31, 39]))
+    make_afr_result(tmp_path / "b", words, measured_as([44, 52], [44, 50], [43, 53], [43, 51]), measured_as([30, 42], [30, 40], [31, 43], [31, 41]))
+    make_afr_result(tmp_path / "c", [*words, "--alpha", 0.5], measured_as([10, 20], [10, 20], [10, 20], [10, 20]), measured_as([1, 2], [1, 2], [1, 2], [1, 2]))
+    done = here("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert """\
+# Attentive feature reuse: tables from result files
+
+### miniimagenet, 5-way 1-shot
+
+**42 px instead of 84, 500 iterations of 4 subtasks instead of our default's 60,000 of 4.** 2 test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.
+
+| method | cross-entropy | paper's Table 2, cross-entropy | NIL | paper's Table 2, NIL | transfer to fc100, cross-entropy | paper, mini-Places, cross-entropy | transfer to fc100, NIL | paper, mini-Places, NIL | parameters | s an iteration |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| MAML | 45.00 ± 9.80 / 44.00 ± 7.84 | 48.7 | 46.00 ± 9.80 / 45.00 ± 7.84 | 49.1 | 35.00 ± 9.80 / 34.00 ± 7.84 | 31.2 | 36.00 ± 9.80 / 35.00 ± 7.84 | 33.8 | 1,100 | 0.5 |
+| AM | 48.00 ± 7.84 / 47.00 ± 5.88 | 51.1 | 48.00 ± 9.80 / 47.00 ± 7.84 | 52.3 | 36.00 ± 11.76 / 35.00 ± 9.80 | 33.5 | 37.00 ± 11.76 / 36.00 ± 9.80 | 34.3 | 1,100 | 0.5 |
+| AM, `--alpha 0.5` | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1,100 | 0.5 |
+
+| difference, task by task | cross-entropy | NIL | transfer to fc100, cross-entropy | transfer to fc100, NIL |
+| --- | --- | --- | --- | --- |
+| AM - MAML | +3.00 ± 1.96 / +3.00 ± 1.96 | +2.00 ± 0.00 / +2.00 ± 0.00 | +1.00 ± 1.96 / +1.00 ± 1.96 | +1.00 ± 1.96 / +1.00 ± 1.96 |
+""" in done.stdout
+
+
+def test_tables_of_single_and_multi_meta_task(tmp_path):
+    scenes = ["--modes", "scenes", "--shots", 5, "--iterations", 500, "--val-every", 100, "--test-tasks", 600]
+    for name, more, first, second in (("am", [], 39, 0.4), ("none", ["--modulation", "none"], 36, 0.5)):
+        make_afr_result(tmp_path / f"d-{name}", [*scenes, "--tasks", "depth", *more], measured_as([first, first + 4], [first] * 2, [second, second + 0.2], [second] * 2))
+        make_afr_result(tmp_path / f"c-{name}", [*scenes, *more], measured_as([first + 1, first + 5], [first] * 2, [first] * 2, [first] * 2))
+    multi = [*scenes, "--tasks", *data.KINDS, "--modulation", "none"]
+    make_afr_result(tmp_path / "multi", multi, *[measured_as(*[[30, 40, 50, 60, 32, 44, 58, 60]] * 2, *[[31, 0.6, 70, 80, 33, 0.6, 70, 80]] * 2)])
+    done = here("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("### scenes: single and multi meta-task, 5-way 5-shot"):]
+    assert "**Ray-cast scenes, not MMT; synthetic.** **500 iterations of 4 subtasks instead of our default's 60,000 of 4.**" in table
+    cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")}
+    head = cells["run"]
+    single = dict(zip(head, cells["single meta-task, AM, 32 filters"]))
+    assert single["depth, accuracy"] == "41.00 ± 3.92 / 39.00 ± 0.00"
+    assert single["classification, accuracy"] == "42.00 ± 3.92 / 39.00 ± 0.00"
+    assert single["depth, error"] == "0.50 ± 0.20 / 0.40 ± 0.00"
+    assert (single["MMT, depth, accuracy"], single["MMT, depth, error"], single["MMT, normals, error"], single["vanishing, error"]) == ("87.8", "0.495", "84.1", "-")
+    several = dict(zip(head, cells["multi meta-task, ANIL, 32 filters"]))
+    assert (several["depth, accuracy"], several["normals, error"]) == ("42.00 ± 3.92 / 42.00 ± 3.92", "70.00 ± 0.00 / 70.00 ± 0.00")
+    assert several["MMT, vanishing, error"] == "118.3"
+    head = cells["difference, task by task"]
+    gain = dict(zip(head, cells["single meta-task, AM, 32 filters - single meta-task, ANIL, 32 filters"]))
+    assert (gain["depth, accuracy"], gain["classification, accuracy"]) == ("+3.00 ± 0.00 / +3.00 ± 0.00",) * 2
+    assert gain["depth, error"] == "-0.10 ± 0.00 / -0.10 ± 0.00"
+    more = dict(zip(head, cells["multi meta-task, ANIL, 32 filters - single meta-task, ANIL, 32 filters"]))
+    assert more["depth, accuracy"].startswith("+4.00 ± 0.00") and more["classification, accuracy"].startswith("-8.00 ± 1.96")
+    (figure,) = re.findall(r"\((afr-validation[^)]*)\)", table)
+    assert Image.open(tmp_path / "out" / figure).width > 800
+
+
 def test_tables_list_the_trials_of_step_sizes(tmp_path):
     for name, alpha, accuracy in (("a", 0.1, 40), ("b", 0.01, 42), ("c", 1, 30)):
         make_result(tmp_path / "trials" / name, "MAML", ["miniimagenet"], [0, 0], [0, 0], args=vars(get_args(modgrad, "--algorithm", "maml", "--alpha", alpha)))
@@ -2703,10 +2853,32 @@ def check_modgrad_cells(found):
     assert sum(map(len, seen.values())) == len(found)
 
 
+def check_afr_cells(found):
+    """Table 2: four methods of 1 and 5 shots, and their transfer. Table 1: each task alone and all, with and without attention."""
+    seen = set()
+    for line, cell in found:
+        words = shlex.split(line.split("  #")[0])
+        assert words[1] == "afr.py"
+        args, (_, part, where, name) = afr.get_args(words[2:]), cell.split("/")
+        assert args.iterations * args.meta_batch == 240000
+        if part == "table2":
+            assert (where, name, args.modes, args.transfer, args.filters) == (f"{args.shots}shot", args.method.lower(), ["miniimagenet"], ["fc100"], 32)
+            seen.add((part, args.shots, args.method))
+        else:
+            assert (args.modes, args.shots, args.synthetic, where) == (["scenes"], 5, True, f"{args.filters}filters")
+            assert name == f"{args.tasks[0] if len(args.tasks) == 1 else 'multi'}-{args.modulation}"
+            seen.add((part, args.filters, args.method, len(args.tasks), args.tasks[0]))
+    assert seen == {*(("table2", shots, method) for shots in (1, 5) for method in AFR),
+                    *(("table1", filters, method, 1, task) for filters in (32, 64) for method in ("ANIL", "AM") for task in data.KINDS),
+                    *(("table1", filters, method, 4, "classification") for filters in (32, 64) for method in ("ANIL", "AM"))}
+    assert len(found) == len(seen) == 28
+
+
 def test_run_all_lists_every_cell():
     lines = run_all("--dry-run").stdout.splitlines()
     cells = [line.split("--out runs/")[1].split("  ")[0] for line in lines]
-    assert len(set(cells)) == len(cells) == 159
+    assert len(set(cells)) == len(cells) == 159 + 28
+    check_afr_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("afr/")])
     check_modgrad_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("modgrad/") and "table3" not in cell])
     table3 = [(line, cell) for line, cell in zip(lines, cells) if "table3" in cell]
     for line, cell in table3:
@@ -2839,6 +3011,9 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
     """As they stand, with a tiny budget appended; those on real images without their download. In this process, which saves
     two seconds a command."""
     monkeypatch.chdir(tmp_path)
+    for name, few in (("SCENE_IMAGES", 96), ("SCENE_DOMAINS", dict.fromkeys(data.SPLITS, 2)), ("SCENE_CLASSES", dict.fromkeys(data.SPLITS, 6))):
+        monkeypatch.setattr(data, name, few)
+    monkeypatch.setattr(afr, "REPORTED", 4)
     commands = readme_commands()
     assert any("kml.py" in c for c in commands)
     assert any("mmaml.py" in c for c in commands)
@@ -2851,6 +3026,10 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
         if words[0] in ("kml.py", "mmaml.py", "mprotonet.py", "modgrad.py"):
             words += [*TINY, "--image-size", "16", "--test-tasks", "10", "--cache-dir", cache]
             words += ["--keep-every", "3"] if "runs/example" in words else [] if "--out" in words else ["--out", str(tmp_path / str(number))]
+        elif words[0] == "afr.py":
+            words += ["--image-size", "16", "--filters", "4", "--meta-batch", "1", "--iterations", "4", "--steps", "1", "--queries", "3", "--synthetic",
+                      "--test-tasks", "12", "--val-tasks", "12", "--report-tasks", "2", "--cache-dir", cache]
+            words += [] if "--out" in words else ["--out", str(tmp_path / str(number))]
         elif words[0] == "modgrad_completion.py":
             words += ["--iterations", "4", "--image-size", "11", "--hidden", "4", "--test-tasks", "10", "--cache-dir", cache]
         elif words[0] == "transference.py":                # of the example run, made just before
@@ -2907,7 +3086,8 @@ def test_committed_results_are_whole():
         assert result["synthetic"] is False
         for key, tasks in (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive")):
             if result[tasks] is not None:
-                assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
+                found = kml.summary(np.array(result[tasks]), result.get("strata", result["modes"]))
+                assert {k: found[k] for k in result[key]} == result[key]
         assert len(result["per_task"]) == result["test_tasks"]
         assert result["versions"]["commit"]
         assert (path.parent / "log.jsonl").exists()
@@ -2947,7 +3127,7 @@ def test_readme_shows_the_measured_speeds():
     for path in RESULTS.glob("bench-*.json"):
         record = json.loads(path.read_text())
         args = argparse.Namespace(**record["args"])
-        for part, table in (("train", bench.train_table), ("variants", bench.variants_table), ("steps", bench.steps_table)):
+        for part, table in (("train", bench.train_table), ("variants", bench.variants_table), ("steps", bench.steps_table), ("reuse", bench.reuse_table)):
             if part in record:
                 assert args.synthetic is False
                 rows = table(record[part], args).split("\n")
