@@ -2522,6 +2522,10 @@ def test_the_diff_shows_one_idea():
     one, two = tail.pop().split("\n"), (HERE / "modgrad.py").read_text().split("# Below this line")[1].split("\n")
     changes = [c for c in difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes() if c[0] != "equal"]
     assert [(c[2] - c[1], c[4] - c[3]) for c in changes] == [(1, 1), (0, 4), (1, 2)]
+    # afr.py's: several high-level tasks, and a second measure of each.
+    other = (HERE / "afr.py").read_text().split("# Below this line")[1].split("\n")
+    changes = [c for c in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if c[0] != "equal"]
+    assert sum(c[2] - c[1] for c in changes) <= 52, "lines of the shared text that are not in afr.py"
     lines = (HERE / "mprotonet.py").read_text().split("\n")
     assert len(lines) <= 505
     assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
