@@ -3,6 +3,7 @@
     python bench.py loader --synthetic                      # nothing to download
     python bench.py train --modes omniglot miniimagenet --shots 1 5 --json bench.json
     python bench.py steps --modes miniimagenet --shots 1 5
+    python bench.py reuse --modes miniimagenet --shots 1 5
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
@@ -30,6 +31,10 @@ variants  Milliseconds of the gradients of one meta-batch, by the ways in which 
 steps     Milliseconds and memory of adapting to one task by one inner step of each algorithm of modgrad.py, at test time, beside
           MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
           first adapted one are run once a task; this one time is counted.
+
+reuse     Milliseconds of afr.py's methods beside MAML's, in training (the gradients of one meta-batch) and in testing (from a task's
+          images to its query outputs, paper protocol, cross-entropy's head), and parameters beside MAML's. (The paper claims: 1.7
+          and 2.3 times faster, 1.1 times the parameters; its abstract 1.5 times faster.) Tasks are drawn before.
 """
 import argparse
 import contextlib
@@ -51,6 +56,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import afr
 import data
 import modgrad
 
@@ -58,6 +64,7 @@ BATCH = 10          # tasks assembled together by our sampler: the papers' meta-
 VARIANTS = ("loop", "vmap", "unfold", "compiled", "captured")
 ADAPTATIONS = [["--algorithm", "maml"], ["--algorithm", "maml", "--adapt", "conv3", "conv4"],
                *(["--algorithm", algorithm] for algorithm in ("modgrad", "metasgd", "cavia", "tnet"))]
+REUSE = [["--algorithm", "maml"], *(["--modulation", modulation] for modulation in ("none", "am", "pam"))]
 SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}           # and the modulation measured
 
 
@@ -492,6 +499,62 @@ def steps_table(rows, args):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------------------ reuse
+def prepare_reuse(words, args, shots):
+    """-> train(), the gradients of one meta-batch; test(), a task's query outputs; the arguments and the parameters."""
+    options = afr.get_args([str(word) for word in (
+        *words, "--modes", *args.modes, "--ways", args.ways, "--shots", shots, "--queries", args.queries, "--image-size", args.image_size,
+        "--meta-batch", args.meta_batch, "--precision", args.precision, "--data-root", args.data_root, "--cache-dir", args.cache_dir,
+        "--device", args.device, "--out", "-", *["--synthetic"] * args.synthetic)])
+    params = {k: w.to(options.device).requires_grad_() for k, w in afr.init_params(options).items()}
+    batches = data.MetaTasks(options, "train").tasks(0, args.meta_batch)
+    task, kind, epsilon = data.Task(*(x[0] for x in batches[0])), "classification", afr.draws(0, options)
+
+    def train():
+        afr.run_tasks(params, batches, options, options.device != "cpu", epsilon=epsilon)
+
+    @torch.no_grad()
+    def test():
+        w = None
+        if options.modulation != "none":
+            x = afr.embed(params, task.support_x, afr.Norm())
+            w = afr.attention(params, kind, x, task.support_y, options)[0]
+        adapted, _ = afr.adapt(params, task, options, kind, w)
+        return afr.predict(adapted, kind, afr.embed(adapted, task.query_x, afr.Norm(), w), options)
+    return train, test, options, params
+
+
+def bench_reuse(args, shots):
+    """-> a row for each of REUSE: {"method", "parameters", "train" and "test": milliseconds of each round}, in alternation."""
+    found = []
+    for words in REUSE:
+        train, test, options, params = prepare_reuse(words, args, shots)
+        count = sum(w.numel() for w in params.values())
+        found.append((train, test, {"method": options.method, "shots": shots, "parameters": count, "train": [], "test": []}))
+    for number in range(args.rounds + 1):
+        for train, test, row in found:
+            for what, function in (("train", train), ("test", test)):
+                took = clock(function, args.device, args.repeat)
+                if number:                              # round 0 warms up
+                    row[what].append(took)
+    return [row for *_, row in found]
+
+
+def reuse_table(rows, args):
+    """What bench_reuse found -> Markdown. `faster`: MAML's milliseconds by the method's."""
+    lines = ["| method | shots | ms a training meta-batch | faster than MAML | ms a test task | faster than MAML | parameters | beside MAML |",
+             "|" + " --- |" * 8]
+    maml = {row["shots"]: row for row in rows if row["method"] == "MAML"}
+    for row in rows:
+        cells = [row["method"], row["shots"]]
+        for what in ("train", "test"):
+            ms = statistics.median(row[what])
+            cells += [f"{ms:.4g} ({min(row[what]):.4g} to {max(row[what]):.4g})", f"{statistics.median(maml[row['shots']][what]) / ms:.2f}"]
+        cells += [f"{row['parameters']:,}", f"{row['parameters'] / maml[row['shots']]['parameters']:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def variants_table(rows, args):
     """What bench_variants found -> Markdown: medians, and in brackets the smallest and largest."""
     lines = [f"| script | shots | {' | '.join(f'{variant}, ms' for variant in args.variants)} |", "|" + " --- |" * (2 + len(args.variants))]
@@ -519,7 +582,7 @@ def train_table(rows, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=["loader", "train", "variants", "steps"])
+    parser.add_argument("part", choices=["loader", "train", "variants", "steps", "reuse"])
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
@@ -560,7 +623,9 @@ def main():
         record["variants"] = [bench_variants(name, args, shots) for name in args.scripts for shots in args.shots]
     if args.part == "steps":
         record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
-    for part, table in (("train", train_table), ("variants", variants_table), ("steps", steps_table)):
+    if args.part == "reuse":
+        record["reuse"] = [row for shots in args.shots for row in bench_reuse(args, shots)]
+    for part, table in (("train", train_table), ("variants", variants_table), ("steps", steps_table), ("reuse", reuse_table)):
         if part in record:
             batch = f"{args.meta_batch} tasks an iteration, " * (part != "steps")
             print(f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "

@@ -142,6 +142,27 @@ for env in navigation cheetah-dir cheetah-vel; do
     done
 done
 
+# Attentive feature reuse, Table 2: mini-ImageNet, and the transfer to classes of another data set (mini-Places in the paper).
+for shots in 1 5; do
+    to="--modes miniimagenet --shots $shots --transfer fc100" at="afr/table2/${shots}shot"
+    cell "$at/maml" "" afr.py "$to" --algorithm maml
+    cell "$at/anil" "" afr.py "$to" --modulation none
+    cell "$at/am" "" afr.py "$to" --modulation am
+    cell "$at/p-am" "" afr.py "$to" --modulation pam
+done
+
+# Its Table 1 and, of the same runs, Figure 5 (tables.py): one high-level task alone, and all four. On ray-cast scenes, NOT the paper's
+# MMT data, which were never released; 5 shots are our choice.
+for filters in 32 64; do
+    to="--modes scenes --shots 5 --filters $filters --val-every 1000" at="afr/table1/${filters}filters"
+    for modulation in none am; do
+        for task in classification depth normals vanishing; do
+            cell "$at/$task-$modulation" "" afr.py --tasks $task "$to" --modulation $modulation
+        done
+        cell "$at/multi-$modulation" "" afr.py --tasks classification depth normals vanishing "$to" --modulation $modulation
+    done
+done
+
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import afr
 import bench
 import data
 import inspect_gradients
@@ -1200,6 +1201,573 @@ def test_cheetahs_need_mujoco(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     fails(capsys, lambda: modgrad_rl.make_world(get_args(modgrad_rl, "--env", "cheetah-dir")), "pip install", "navigation")
+# ----------------------------------------------------------------------------------------------- attentive feature reuse
+
+AFR = {"MAML": ["--algorithm", "maml"], "ANIL": ["--modulation", "none"], "AM": [], "P-AM": ["--modulation", "pam"]}
+
+
+def make_afr(method, *words, dtype=torch.float64, trained=True):
+    """Parameters of a small network; `trained`: an attention module that does something, its last layer not zero."""
+    args = get_args(afr, *AFR[method], "--filters", 4, "--ways", 3, "--image-size", 16, "--device", "cpu", "--steps", 2, *words)
+    params = {k: w.to(dtype).requires_grad_() for k, w in afr.init_params(args).items()}
+    rng = torch.Generator().manual_seed(5)
+    for k, w in params.items():
+        if trained and k.startswith("attention.") and ".out." in k:
+            w.data += 0.5 * torch.randn(w.shape, generator=rng).to(dtype)
+    return args, params
+
+
+def make_afr_task(kind, tasks=None, seed=0):
+    """A subtask of noise, with a hole in each label image."""
+    task = make_task(seed=seed, tasks=tasks)
+    if kind == "classification":
+        return task
+    rng, made = torch.Generator().manual_seed(seed + 9), []
+    for y in (task.support_y, task.query_y):
+        labels = torch.rand(*y.shape, *{"vanishing": (2,), "depth": (1, 16, 16), "normals": (3, 16, 16)}[kind], generator=rng).double()
+        if kind != "vanishing":
+            labels[..., 3:5, 6:9] = -1
+        made.append(labels)
+    return task._replace(support_y=made[0], query_y=made[1])
+
+
+def epsilon_of(args, seed=2):
+    return torch.randn(4, args.filters, generator=torch.Generator().manual_seed(seed)).double() if args.modulation == "pam" else None
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_no_attention_is_the_unmodulated_network_exactly(kind):
+    task = make_afr_task(kind)
+    plain, params = make_afr("ANIL", "--tasks", kind)
+    expected = afr.test_outputs(params, task, plain, kind)
+    for method in ("AM", "P-AM"):
+        args, params = make_afr(method, "--tasks", kind, trained=False)
+        x = afr.embed(params, task.support_x, afr.Norm())
+        assert (afr.attention(params, kind, x, task.support_y, args)[0] == 0).all(), "training starts at w = 0"
+        assert all(torch.equal(one, two) for one, two in zip(afr.test_outputs(params, task, args, kind), expected))
+        args, params = make_afr(method, "--tasks", kind)
+        assert not any(torch.equal(one, two) for one, two in zip(afr.test_outputs(params, task, args, kind), expected))
+        zero = torch.zeros(4, 4).double()
+        assert all(torch.equal(one, two) for one, two in zip(afr.test_outputs(params, task, args, kind, w=zero), expected))
+
+
+def test_only_the_weights_of_a_blocks_maps_beside_each_other_count():
+    _, params = make_afr("AM")
+    x, w = make_task().query_x, torch.rand(4, 1).double().expand(4, 4) * 0.8
+    for l in range(4):
+        only = torch.where(torch.arange(4)[:, None] == l, w, 0)
+        plain, weighed = (afr.embed(params, x, afr.Norm(), v) for v in (None, only))
+        if l < 3:                                       # BatchNorm's 1e-5 is what is left
+            torch.testing.assert_close(weighed, plain, rtol=1e-2, atol=1e-3)
+        else:
+            torch.testing.assert_close(weighed, plain * (1 - w[3, 0]))
+        unequal = only * torch.tensor([1, 0.5, 0, -1]).double()
+        assert not torch.allclose(afr.embed(params, x, afr.Norm(), unequal), plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_attention_does_not_see_the_order_of_the_support_samples(kind):
+    args, params = make_afr("P-AM", "--tasks", kind)
+    task, order = make_afr_task(kind), torch.tensor([4, 0, 3, 5, 1, 2])
+    x = afr.embed(params, task.support_x, afr.Norm())
+    one = afr.attention(params, kind, x, task.support_y, args)
+    torch.testing.assert_close(afr.attention(params, kind, x[order], task.support_y[order], args), one, rtol=1e-12, atol=1e-12)
+    assert one.shape == (2, 4, 4)
+    for other in ((x[order], task.support_y), (x[1:], task.support_y[1:])):     # which label is whose; which samples there are
+        assert not torch.allclose(afr.attention(params, kind, *other, args), one, rtol=1e-6)
+
+
+def test_attention_by_hand():
+    args, params = make_afr("AM", "--attention-blocks", 1, "--attention-width", 2)
+    x, y = torch.rand(6, 4, 1, 1).double(), make_task().support_y
+    q, k, v = (torch.stack([params[f"attention.classification.block1.{part}.weight"] @ torch.cat([x[i, :, 0, 0], torch.eye(3).double()[y[i]]])
+                            + params[f"attention.classification.block1.{part}.bias"] for i in range(6)]) for part in ("query", "key", "value"))
+    out = []
+    for i in range(6):
+        share = torch.stack([(q[i] * k[j]).sum() / math.sqrt(2) for j in range(6)]).exp()
+        out.append(sum(share[j] * v[j] for j in range(6)) / share.sum())
+    mean = torch.stack(out).clamp(min=0).mean(0)
+    w = params["attention.classification.out.weight"] @ mean + params["attention.classification.out.bias"]
+    torch.testing.assert_close(afr.attention(params, "classification", x, y, args), w.view(1, 4, 4))
+
+
+def test_kl_of_gaussians():
+    rng = torch.Generator().manual_seed(0)
+    q, p = torch.randn(2, 2, 4, 5, generator=rng).double()
+    assert afr.gaussian_kl(q, q) == 0
+    as_torch = [torch.distributions.Normal(mean, deviation.exp()) for mean, deviation in (q, p)]
+    torch.testing.assert_close(afr.gaussian_kl(q, p), torch.distributions.kl_divergence(*as_torch).sum())
+    assert not torch.allclose(afr.gaussian_kl(q, p), afr.gaussian_kl(p, q))
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_pam_never_reads_query_labels_in_a_test_and_does_in_training(kind):
+    args, params = make_afr("P-AM", "--tasks", kind)
+    task, eps = make_afr_task(kind), epsilon_of(args)
+    other = task._replace(query_y=task.query_y.flip(0))
+    assert all(torch.equal(one, two) for one, two in zip(*(afr.test_outputs(params, t, args, kind) for t in (task, other))))
+    (_, one), (_, two) = (afr.task_loss(params, t, args, kind, eps) for t in (task, other))
+    assert not torch.allclose(one, two, rtol=1e-6), "the posterior is of the query set with its labels"
+    _, three = afr.task_loss(params, task, args, kind, epsilon_of(args, seed=3))
+    assert not torch.allclose(one, three, rtol=1e-6)
+    twice = argparse.Namespace(**vars(args) | {"kl_weight": 3.0})
+    x, q = (afr.embed(params, images, afr.Norm()) for images in (task.support_x, task.query_x))
+    kl = afr.gaussian_kl(afr.attention(params, kind, q, task.query_y, args), afr.attention(params, kind, x, task.support_y, args))
+    difference = afr.task_loss(params, task, twice, kind, eps)[0] - afr.task_loss(params, task, args, kind, eps)[0]
+    torch.testing.assert_close(difference, args.loss_weights[0] * 2 * kl / 9)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_what_inner_steps_move(kind):
+    """ANIL the head only; MAML all; a domain's head has no inner loop in training, and has one in a test."""
+    task = make_afr_task(kind)
+    for method, moves in (("MAML", {"conv", "norm", "head"}), ("ANIL", {"head"}), ("AM", {"head"})):
+        args, params = make_afr(method, "--tasks", kind)
+        adapted, _ = afr.adapt(params, task, args, kind)
+        moved = {k for k in params if not torch.equal(adapted[k], params[k])}
+        assert {k.split(".")[0].rstrip("1234") for k in moved} == moves
+        assert {k for k in params if k.startswith("head.")} <= moved
+    args, params = make_afr("ANIL", "--tasks", kind)
+    fewer = argparse.Namespace(**vars(args) | {"steps": 1})
+    _, one = afr.task_loss(params, task, args, kind)
+    _, two = afr.task_loss(params, task, fewer, kind)
+    assert torch.equal(one, two) == (kind != "classification")
+    assert not torch.equal(afr.test_outputs(params, task, args, kind)[0], afr.test_outputs(params, task, fewer, kind)[0])
+
+
+def test_nil_on_hand_made_numbers():
+    args = get_args(afr, "--ways", 2)
+    support = torch.tensor([[2.0, 0], [3, 4], [0, 5], [0, 1]]).view(4, 2, 1, 1)
+    query = torch.tensor([[0, 9.0], [7, 0], [1, 1]]).view(3, 2, 1, 1)
+    found = afr.nil(support, query, torch.tensor([0, 0, 1, 1]), args)
+    r = math.sqrt(0.5)
+    torch.testing.assert_close(found, torch.tensor([[(0 + 0.8) / 2, 1], [(1 + 0.6) / 2, 0], [(r + 1.4 * r) / 2, r]]))
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+@pytest.mark.parametrize("method", AFR)
+def test_gradients_of_attentive_feature_reuse(method, kind):
+    """Backbone and head learn as without attention (Eq. 4), the attention module from the pass with it (Eq. 5); loop and vmap."""
+    args, params = make_afr(method, "--tasks", kind)
+    batch, rng = make_afr_task(kind, tasks=2, seed=3), torch.Generator().manual_seed(3)
+    eps = None if args.modulation != "pam" else torch.stack([epsilon_of(args, seed) for seed in (0, 1)])[:, None]
+    afr.run_tasks(params, [batch], args, False, epsilon=eps)
+    looped = {k: w.grad.clone() for k, w in params.items() if w.grad is not None}
+    assert set(looped) == set(params)
+    for w in params.values():
+        w.grad = None
+    afr.run_tasks(params, [batch], args, True, epsilon=eps)
+    for k, w in params.items():
+        torch.testing.assert_close(w.grad, looped[k], rtol=1e-7, atol=1e-9)
+
+    plain = argparse.Namespace(**vars(args) | {"modulation": "none"})
+    for part in ("backbone", "head", "attention"):
+        mine = [k for k in params if part == (k.split(".")[0] if k.startswith(("head.", "attention.")) else "backbone")]
+        direction = {k: torch.randn(params[k].shape, generator=rng).double() for k in mine}
+        assert bool(mine) == (part != "attention" or args.modulation != "none")
+        if not mine:
+            continue
+
+        def loss(step, part=part, direction=direction):
+            moved = {k: w.detach() + step * direction.get(k, 0) for k, w in params.items()}
+            which = args if part == "attention" else plain
+            return np.mean([afr.task_loss(moved, Task(*(x[i] for x in batch)), which, kind, eps if eps is None else eps[i, 0])[0].item()
+                            for i in range(2)])
+        found = sum((looped[k] * d).sum().item() for k, d in direction.items())
+        assert math.isclose(found, (loss(1e-7) - loss(-1e-7)) / 2e-7, rel_tol=1e-4, abs_tol=1e-7), part
+
+
+@pytest.mark.parametrize("method", AFR)
+def test_afr_inductive_predictions_do_not_know_the_other_queries(method):
+    for kind in data.KINDS:
+        args, params = make_afr(method, "--tasks", kind)
+        task, keep = make_afr_task(kind), torch.tensor([0, 4])
+        whole, part = (afr.test_outputs(params, t, args, kind) for t in (
+            task, task._replace(query_x=task.query_x[keep], query_y=task.query_y[keep])))
+        assert len(whole) == (4 if kind == "classification" else 2)
+        for i, (one, two) in enumerate(zip(whole, part)):
+            assert torch.allclose(one[keep], two, rtol=1e-9, atol=1e-11) == (i % 2 == 1)
+
+
+def test_afr_parameter_counts():
+    """The paper's 1.1 times the parameters of MAML."""
+    count = lambda args: sum(w.numel() for w in afr.init_params(args).values())
+    for filters, base, factor in ((32, 28896 + 4005, 1.14), (64, 113088 + 8005, 1.07)):
+        plain, more = (get_args(afr, *AFR[method], "--filters", filters) for method in ("MAML", "AM"))
+        assert count(plain) == base
+        assert math.isclose(count(more) / base, factor, abs_tol=0.01)
+    one, two = (afr.init_params(get_args(afr, *words)) for words in (["--modulation", "none"], ["--modulation", "pam"]))
+    assert all(torch.equal(w, two[k]) for k, w in one.items())
+
+
+@pytest.mark.parametrize("method", AFR)
+def test_an_afr_run_from_start_to_end_and_its_continuation(method, tmp_path, cache, monkeypatch, capsys):
+    words = ["--filters" if word == "--channels" else word for word in TINY]
+    words = [*words, "--image-size", 16, *AFR[method], "--cache-dir", cache, "--modes", "miniimagenet", "--transfer", "fc100", "--val-every", 3, "--val-tasks", 6]
+    call(afr, monkeypatch, *words, "--out", tmp_path / "whole")
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert (result["method"], result["synthetic"]) == (method, True)
+    for found in (result, result["transfer"]["fc100"]):
+        for key, tasks in zip(afr.KEYS, afr.PER_TASK):
+            assert len(found[tasks]) == 8
+            assert math.isclose(found[key]["overall"]["mean"], np.mean(found[tasks]), abs_tol=1e-3)
+            mean = found[key]["overall"]
+            assert f"{mean['mean']:.2f} +- {mean['ci95']:.2f}" in shown
+    assert "SYNTHETIC" in shown and "Table" not in shown and "transfer to fc100" in shown
+    assert (result["parameters"]["attention"] > 0) == (method in ("AM", "P-AM"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert set(next(line for line in lines if "validation" in line)["validation"]) == set(afr.KEYS)
+    call(afr, monkeypatch, *words, "--out", tmp_path / "part", "--iterations", 3)
+    call(afr, monkeypatch, *words, "--out", tmp_path / "part")
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["params"] for name in ("whole", "part"))
+    assert all(torch.equal(w, two[k]) for k, w in one.items())
+    monkeypatch.setattr(afr, "run_tasks", lambda *_, **__: pytest.fail("a finished run is not run again"))
+    call(afr, monkeypatch, *words, "--out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--algorithm maml --modulation am", "leave one of them out"), ("--tasks flow", "invalid choice"), ("--alpha 0.1 0.2", "for each of --tasks classification"),
+    ("--alpha -1", "--alpha -1"), ("--loss-weights nan", "--loss-weights nan"), ("--tasks classification classification", "twice"), ("--image-size 15", "--image-size 15"),
+    ("--test-tasks 1", "--test-tasks 1"), ("--filters 0", "--filters 0")])
+def test_afr_bad_arguments(capsys, words, said):
+    fails(capsys, lambda: afr.get_args(words.split()), said)
+
+
+# ---------------------------------------------------------------------------------------------------- scenes with depth
+
+def nothing(n=1, k=0):
+    return np.zeros((n, k, 2, 3)), np.zeros((n, k, 4))
+
+
+def test_cast_agrees_with_a_plane_and_a_ball_in_formulas():
+    """To 1e-4 (metres, and of unit vectors): a floor under a camera that looks down a little, and a ball before a wall."""
+    size, focal, pitch, height, length = 48, 0.9, 0.2, 1.5, 9.0
+    room = np.array([[[-50.0, -50, -50], [50, 0, length]]])
+    R = data.turn(np.array([-pitch]), 1, 2)
+    rays = data.camera_rays(np.array([focal]), size)
+    depth, normal, surface = data.cast(np.array([[0, -height, 0.0]]), rays @ R.transpose(0, 2, 1), room, *nothing())
+    v = (np.arange(size) + 0.5) / size - 0.5
+    down = np.cos(pitch) * v / focal + np.sin(pitch)                    # how far a ray of depth 1 falls
+    floor = (surface == data.FLOOR)[0].reshape(size, size)
+    assert 0.3 < floor.mean() < 0.9
+    expected = np.repeat(height / down[:, None], size, 1)
+    np.testing.assert_allclose(depth[0].reshape(size, size)[floor], expected[floor], atol=1e-4)
+    seen = (normal @ R)[0].reshape(size, size, 3)
+    np.testing.assert_allclose(seen[floor], np.broadcast_to([0, -np.cos(pitch), -np.sin(pitch)], seen[floor].shape), atol=1e-4)
+
+    centre, radius = np.array([0.3, -0.2, 4.0]), 0.8
+    ball = np.array([[[*centre, radius]]])
+    depth, normal, surface = data.cast(np.zeros((1, 3)), rays, np.array([[[-50.0, -50, -50], [50, 50, length]]]), nothing()[0], ball)
+    on = surface[0] == data.THINGS
+    d = rays[0] / np.linalg.norm(rays[0], axis=-1, keepdims=True)
+    along = d @ centre
+    missed = (centre ** 2).sum() - along ** 2
+    assert (on == (missed < radius ** 2)).all()
+    at = along[on] - np.sqrt(radius ** 2 - missed[on])                  # the distance, and depth its z
+    np.testing.assert_allclose(depth[0][on], at * d[on, 2], atol=1e-4)
+    np.testing.assert_allclose(normal[0][on], (at[:, None] * d[on] - centre) / radius, atol=1e-4)
+    np.testing.assert_allclose(depth[0][~on], length, atol=1e-4)
+
+
+def test_cast_meets_a_box_at_its_faces():
+    box = np.array([[[[-1.0, -1, 3], [1, 1, 5]]]])
+    room = np.array([[[-9.0, -9, -9], [9, 9, 9]]])
+    rays = np.array([[[0, 0, 1.0], [0.9, 0, 3], [1, 0, 1], [-1.2, 0, 3], [0, 0, -1]]])
+    for origin, expected in (((0, 0, 0), [(3, "z"), (1, "z"), (9, "room"), (9 / 3, "room"), (9, "room")]), ((-4, 0, 4), [(5, "room"), (5 / 3, "room"), (5, "room"), (5 / 3, "room"), (13, "room")])):
+        t, normal, surface = data.cast(np.array([origin], float), rays, room, box, nothing()[1])
+        assert [s >= data.THINGS for s in surface[0]] == [where != "room" for _, where in expected]
+        np.testing.assert_allclose(t[0], [t for t, _ in expected], atol=1e-12)
+    t, normal, surface = data.cast(np.array([[-4.0, 0, 4]]), np.array([[[1.0, 0.1, 0], [1, 0.5, 0]]]), room, box, nothing()[1])
+    assert (surface[0] == [data.THINGS, data.SIDE]).all() or (surface[0] == [data.THINGS, data.FLOOR]).all()
+    np.testing.assert_allclose(t[0, 0], 3)
+    np.testing.assert_allclose(normal[0, 0], [-1, 0, 0])
+    flat = np.repeat(box[:, :, :1], 2, 2)                               # a box of no size is not there
+    assert (data.cast(np.array([[-4.0, 0, 4]]), rays, room, flat, np.zeros((1, 1, 4)))[2] < data.THINGS).all()
+
+
+def test_labels_of_scenes_agree_with_each_other():
+    """Normals derived from depth are the caster's, away from edges; parallel lines meet at the vanishing point."""
+    size = 64
+    for split, domain in (("train", 3), ("test", 0)):
+        _, depth, normals, vanishing, classes = data.draw_scenes(split, domain, 0, 6, size)
+        assert classes.tolist() == list(range(6))
+        assert (depth > 0.2).all() and (depth < data.DEPTH_LIMIT).all()
+        np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1, atol=1e-9)
+        assert (0 < vanishing).all() and (vanishing < 1).all()
+        for i in range(6):
+            # The room's axes are the three directions of normals that most pixels have; z's is nearest the axis of view.
+            flat = np.unique(normals[i].reshape(-1, 3).round(5), axis=0, return_counts=True)
+            axes = flat[0][flat[1].argsort()[-8:]]
+            z = axes[np.abs(axes[:, 2]).argmax()]
+            focal = ((vanishing[i] - 0.5) * z[2] / z[:2]).mean()        # of its image, 0.5 + focal * z_xy / z_z
+            np.testing.assert_allclose(vanishing[i], 0.5 + focal * z[:2] / z[2], atol=2e-3)
+            made, known = data.normals_from_depth(depth[i], focal * size)
+            assert known.mean() > 0.5
+            smooth = np.zeros_like(known)               # away from edges, and where balls do not turn away fast
+            middle = normals[i][1:-1, 1:-1]
+            smooth[1:-1, 1:-1] = np.max([np.abs(np.roll(normals[i], shift, axis)[1:-1, 1:-1] - middle).max(-1)
+                                         for shift in (1, -1) for axis in (0, 1)], 0) < 0.15
+            assert (known & smooth).sum() > 0.9 * known.sum()
+            angle = np.degrees(np.arccos(np.clip((made * normals[i]).sum(-1)[known & smooth], -1, 1)))
+            assert np.median(angle) < 0.1 and np.mean(angle < 2) > 0.99
+
+
+def test_the_vanishing_point_is_where_parallel_lines_meet(monkeypatch):
+    """Edges between floor and walls of empty rooms run along z: fit a line to each, in the image, and intersect them."""
+    size, found, kind = 160, 0, data.scene_class
+    monkeypatch.setattr(data, "scene_class", lambda name: kind(name) | {k: 0 * kind(name)[k] for k in ("boxes", "balls")})
+    for domain in range(4):
+        _, _, normals, vanishing, _ = data.draw_scenes("val", domain, 0, 8, size)
+        for i in range(8):
+            n = normals[i].round(4)
+            values, counts = np.unique(n.reshape(-1, 3), axis=0, return_counts=True)
+            big = values[counts.argsort()[::-1][:6]]
+            floor, walls = big[big[:, 1].argmin()], [w for w in big if abs(w[0]) > 0.8]
+            lines = []
+            for wall in walls:
+                left, right = (n[:, :-1], n[:, 1:])
+                border = ((left == wall).all(-1) & (right == floor).all(-1)) | ((left == floor).all(-1) & (right == wall).all(-1))
+                y, x = np.nonzero(border)
+                if len(y) > 12 and np.ptp(x) > 8:
+                    lines.append(np.polyfit((y + 0.5) / size, (x + 1) / size, 1))            # x = a y + b
+            if len(lines) == 2:
+                (a, b), (c, d) = lines
+                y = (d - b) / (a - c)
+                np.testing.assert_allclose([a * y + b, y], vanishing[i], atol=0.01)
+                found += 1
+    assert found >= 3, "images in which both edges can be seen"
+
+
+def test_scenes_are_a_pure_function_and_domains_differ():
+    whole, part = data.draw_scenes("test", 2, 0, 6, 20), data.draw_scenes("test", 2, 4, 2, 20)
+    assert all(np.array_equal(one[4:], two) for one, two in zip(whole, part))
+    names = [f"scenes-{split}-domain-{d:02d}" for split in data.SPLITS for d in range(data.SCENE_DOMAINS[split])]
+    assert len({data.scene_domain(name)["focal"] for name in names}) == len(names) == 35
+    kinds = [f"scenes-{split}-class-{c:02d}" for split in data.SPLITS for c in range(data.SCENE_CLASSES[split])]
+    assert len({data.scene_class(name)["room"][0] for name in kinds}) == len(kinds)
+    other = data.draw_scenes("test", 3, 0, 6, 20)
+    assert not np.array_equal(whole[0], other[0])
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Some of the domains and images: enough to sample from, and quick to draw."""
+    monkeypatch.setattr(data, "SCENE_IMAGES", 32)
+    monkeypatch.setattr(data, "SCENE_DOMAINS", {"train": 3, "val": 2, "test": 2})
+    monkeypatch.setattr(data, "SCENE_CLASSES", {"train": 4, "val": 4, "test": 4})
+
+
+SCENE_WORDS = ["--modes", "scenes", "--ways", 3, "--queries", 3, "--image-size", 16, "--filters", 4, "--steps", 2]
+
+
+def test_scene_subtasks(few_scenes, cache, capsys):
+    folder = data.prepare("scenes", 16, "nowhere", cache, synthetic=True)
+    assert [len(np.load(folder / f"{split}.npy")) for split in data.SPLITS] == [96, 64, 64]
+    drawn = [data.draw_scenes("test", d, 0, 32, 16) for d in range(2)]
+    images = np.concatenate([x[0] for x in drawn])
+    for kind, shape in (("depth", (1, 16, 16)), ("normals", (3, 16, 16)), ("vanishing", (2,))):
+        args = get_args(afr, *SCENE_WORDS, "--shots", 2, "--tasks", kind, "--cache-dir", cache)
+        assert args.synthetic and "RAY-CAST, NOT MMT" in args.title
+        test = data.Scenes.of(args, "test", kind)
+        batch = test.tasks(254, 5)                                      # across the border of two blocks
+        assert (batch.support_x.shape, batch.query_x.shape) == ((5, 6, 3, 16, 16), (5, 9, 3, 16, 16))
+        assert (batch.support_y.shape, batch.query_y.shape) == ((5, 6, *shape), (5, 9, *shape))
+        assert batch.mode.tolist() == [0, 1, 0, 1, 0]
+        truth = {"depth": np.concatenate([x[1] for x in drawn])[:, None] / 10, "vanishing": np.concatenate([x[3] for x in drawn]),
+                 "normals": (np.concatenate([x[2] for x in drawn]).transpose(0, 3, 1, 2) + 1) / 2}[kind]
+        for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
+            for t in range(5):
+                for image, label in zip(x[t], y[t]):
+                    at = (images == (image * 255).round().byte().permute(1, 2, 0).numpy()).all((1, 2, 3)).nonzero()[0]
+                    assert len(at) == 1 and at[0] // 32 == batch.mode[t], "one image, of the task's domain"
+                    np.testing.assert_allclose(label, truth[at[0]], atol=1e-5)
+        assert all(len({x.numpy().tobytes() for x in torch.cat([batch.support_x[t], batch.query_x[t]])}) == 15 for t in range(5))
+        assert torch.equal(test.tasks(256, 2).query_y, batch.query_y[2:4])
+        one, two = (data.Scenes.of(get_args(afr, *SCENE_WORDS, "--tasks", kind, "--cache-dir", cache, "--seed", seed), "train", kind) for seed in (0, 1))
+        assert not np.array_equal(one.indices(0, 9)[1], two.indices(0, 9)[1])
+        assert set(one.indices(0, 60)[0]) == {0, 1, 2}
+        x, y = test.everything(1)
+        assert (len(x), len(y)) == (32, 32)
+    classes = Episodes.of(get_args(afr, *SCENE_WORDS, "--cache-dir", cache), "test")
+    assert classes.class_names == [[f"scenes-test-class-0{c}" for c in range(4)]]
+    kinds = np.concatenate([x[4] for x in drawn])
+    batch = classes.tasks(0, 1)
+    for image, y in zip(batch.query_x[0], batch.query_y[0]):
+        at = (images == (image * 255).round().byte().permute(1, 2, 0).numpy()).all((1, 2, 3)).nonzero()[0][0]
+        assert kinds[at] == classes.indices(0, 0, 1)[0][0][y]
+    fails(capsys, lambda: data.prepare("scenes", 16, "nowhere", cache), "ray-cast", "--synthetic")
+    fails(capsys, lambda: data.Scenes("depth", "scenes", "test", 30, 3, 16, cache_dir=cache, synthetic=True), "a domain has 32 images", "--shots")
+
+
+def write_depth_folder(root, focal=50.0, shape=(24, 32), distance=2000):
+    """A wall, straight ahead, with a hole in its depth: <split>/<domain>/."""
+    for split in data.SPLITS:
+        for domain in ("attic", "barn"):
+            folder = root / split / domain
+            for i in range(6):
+                picture(folder / f"{i}.jpg", size=shape[1])
+                Image.open(folder / f"{i}.jpg").resize(shape[::-1]).save(folder / f"{i}.jpg")
+                depth = np.full(shape, distance + 10 * i, np.uint16)
+                depth[10:12, 14:16] = 0
+                Image.fromarray(depth).save(folder / f"{i}.png")
+            (folder / "focal.txt").write_text(f"{focal}\n")
+
+
+def test_photographs_with_depth(tmp_path, capsys):
+    write_depth_folder(tmp_path / "root" / "mine")
+    places = {"root": tmp_path / "root", "cache_dir": tmp_path / "cache"}
+    depth = data.Scenes("depth", "mine", "test", 2, 3, 24, **places)
+    batch = depth.tasks(0, 2)
+    assert batch.support_y.shape == (2, 2, 1, 24, 24)
+    y = batch.query_y
+    assert ((y == -1).sum((2, 3, 4)) == 4).all(), "a hole of 2 x 2 pixels"
+    assert {round(x, 4) for x in y[y >= 0].unique().tolist()} <= {round(0.2 + 0.001 * i, 4) for i in range(6)}
+    normals = data.Scenes("normals", "mine", "test", 2, 3, 24, **places).tasks(0, 1).query_y[0]
+    known = normals[:, 0] >= 0
+    assert 0.7 < known.float().mean() < 0.95
+    torch.testing.assert_close(normals.permute(0, 2, 3, 1)[known], torch.tensor([0.5, 0.5, 0.0]).expand(int(known.sum()), 3), atol=1e-4, rtol=0)
+    assert Episodes(["mine"], "test", 2, 1, 2, 24, **places).class_names == [["attic", "barn"]]
+    fails(capsys, lambda: data.Scenes("vanishing", "mine", "test", 2, 3, 24, **places), "no labels for vanishing", "--modes scenes")
+    done = run("data.py", "show", "mine", "--data-root", tmp_path / "root", "--cache-dir", tmp_path / "cache", "--image-size", 24, "--out", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "x.png").size == (3 * 154, 2 * 168 + 34)
+    folder = tmp_path / "root" / "mine" / "test" / "barn"
+    for damage, said in ((lambda: (folder / "focal.txt").write_text("wide"), "holds 'wide'"), (lambda: (folder / "focal.txt").unlink(), "no focal.txt"),
+                         (lambda: (folder / "3.png").unlink(), "no depth image"), (lambda: (folder / "3.png").write_bytes(b"x"), "cannot be decoded"),
+                         (lambda: Image.fromarray(np.zeros((3, 3), np.uint16)).save(folder / "3.png"), "the same view")):
+        (folder / "focal.txt").write_text("50")
+        Image.fromarray(np.full((24, 32), 2000, np.uint16)).save(folder / "3.png")
+        damage()
+        fails(capsys, lambda: data.Scenes("depth", "mine", "test", 2, 3, 24, **places), "barn", said)
+
+
+def test_normals_of_a_tilted_plane_are_exact():
+    size, focal, n = 30, 33.0, np.array([0.3, -0.8, -0.5])
+    n /= np.linalg.norm(n)
+    at = np.arange(size) + 0.5 - size / 2
+    rays = np.stack(np.broadcast_arrays(at[None] / focal, at[:, None] / focal, 1.0), -1)
+    depth = -2 / (rays @ n)                             # n . point = -2
+    depth[(depth <= 0) | (depth > 30)] = 0
+    made, known = data.normals_from_depth(depth, focal)
+    assert known.sum() > 100
+    assert not known[depth == 0].any()
+    np.testing.assert_allclose(made[known], np.broadcast_to(n, made[known].shape), atol=1e-9)
+
+
+def test_several_high_level_tasks_from_start_to_end(few_scenes, tmp_path, cache, monkeypatch, capsys):
+    words = [*SCENE_WORDS, "--tasks", *data.KINDS, "--modulation", "pam", "--meta-batch", 2, "--iterations", 4, "--log-every", 2, "--test-tasks", 16,
+             "--val-every", 2, "--val-tasks", 8, "--cache-dir", cache]
+    call(afr, monkeypatch, *words, "--out", tmp_path / "whole")
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["strata"] == list(data.KINDS) == list(result["accuracy"]), "no overall of unlike tasks"
+    assert (result["synthetic"], result["modes"], result["per_task_mode"]) == (True, ["scenes"], [0, 1, 2, 3] * 4)
+    for i, kind in enumerate(data.KINDS):
+        for key, tasks in zip(afr.KEYS, afr.PER_TASK):
+            assert math.isclose(result[key][kind]["mean"], np.mean(result[tasks][i::4]), abs_tol=1e-3)
+            assert f"{kind:28}{result['accuracy'][kind]['mean']:.2f} +- " in shown
+    assert "RAY-CAST, NOT MMT" in shown and "Table" not in shown and "overall" not in shown
+    call(afr, monkeypatch, *words, "--out", tmp_path / "part", "--iterations", 2)
+    call(afr, monkeypatch, *words, "--out", tmp_path / "part")
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["params"] for name in ("whole", "part"))
+    assert all(torch.equal(w, two[k]) for k, w in one.items())
+    single = get_args(afr, *SCENE_WORDS, "--tasks", "depth", "--cache-dir", cache)
+    assert all(torch.equal(w, afr.init_params(get_args(afr, *words))[k]) for k, w in afr.init_params(get_args(
+        afr, *SCENE_WORDS, "--modulation", "pam", "--tasks", "depth")).items()), "single and multi begin alike"
+    assert data.MetaTasks(single, "test").sha256(4) == data.MetaTasks(get_args(afr, *words), "test").of[1].sha256(4), "and are tested alike"
+    fails(capsys, lambda: afr.get_args([*map(str, words), "--test-tasks", "18"]), "a multiple of 4")
+    fails(capsys, lambda: afr.get_args([*map(str, SCENE_WORDS), "--tasks", "depth", "--modes", "scenes", "cub"]), "give one")
+    fails(capsys, lambda: afr.get_args([*map(str, SCENE_WORDS), "--transfer", "cub"]), "leave it out")
+
+
+def test_attention_report(few_scenes, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(afr, "REPORTED", 6)
+    monkeypatch.setattr(afr, "best_weights", functools.partial(afr.best_weights, steps=25))
+    words = [*SCENE_WORDS, "--tasks", "classification", "depth", "--meta-batch", 2, "--iterations", 4, "--attention-lr", 0.1, "--test-tasks", 8, "--val-tasks", 8,
+             "--cache-dir", cache, "--out", tmp_path / "run"]
+    fails(capsys, lambda: call(afr, monkeypatch, *words, "--attention-report"), "--attention-report, but there is no")
+    call(afr, monkeypatch, *words)
+    result = (tmp_path / "run" / "result.json").read_text()
+    call(afr, monkeypatch, *words, "--attention-report", "--report-tasks", 2)
+    report = json.loads((tmp_path / "run" / "attention.json").read_text())
+    assert (report["method"], report["synthetic"], set(report["found"])) == ("AM", True, {"classification", "depth"})
+    params = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["params"]
+    args = get_args(afr, *words)
+    test = data.MetaTasks(args, "test")
+    for kind, sampler in zip(args.tasks, test.of):
+        of = report["found"][kind]
+        w, best = np.array(of["w"]), np.array(of["best"])
+        assert (w.shape, best.shape) == ((6, 4, 4), (2, 4, 4))
+        task = Task(*(x[0] for x in sampler.tasks(1, 1)))
+        with torch.no_grad():
+            mine = afr.attention(params, kind, afr.embed(params, task.support_x, afr.Norm()), task.support_y, args)[0]
+        np.testing.assert_allclose(w[1], mine, atol=1e-6)
+        cosine = [(w[j, 3] * best[j, 3]).sum() / np.linalg.norm(w[j, 3]) / np.linalg.norm(best[j, 3]) for j in range(2)]
+        assert math.isclose(of["cosine"]["block4"]["mean"], np.mean(cosine), abs_tol=1e-3)
+        same = [np.mean(np.sign(w[j + 1, 2]) == np.sign(best[j, 2])) for j in range(2)]
+        assert math.isclose(of["same_sign_next"]["block3"]["mean"], np.mean(same), abs_tol=1e-3)
+        # the trained weights are better on all data than none, with everything else as it was
+        x, y = sampler.everything(0)
+        task = Task(*(x[0] for x in sampler.tasks(0, 1)))
+        with torch.no_grad():
+            adapted, _ = afr.adapt(params, task, args, kind)
+            none, trained = (afr.criterion(kind, afr.predict(adapted, kind, afr.embed(params, x, afr.Norm(), v), args), y)
+                             for v in (None, torch.tensor(best[0]).float()))
+        assert trained < none
+    assert Image.open(tmp_path / "run" / "attention.png").width > 500
+    assert (tmp_path / "run" / "result.json").read_text() == result
+    fails(capsys, lambda: get_args(afr, "--modulation", "none", "--attention-report"), "give --modulation")
+
+
+def test_everything_of_a_task(cache):
+    made = episodes(cache, split="test")
+    for number in (0, 3):                               # of Omniglot, turned, and of mini-ImageNet
+        x, y = made.everything(number)
+        assert (len(x), y.bincount().tolist()) == (200, [40] * 5)
+        task = made.tasks(number, 1)
+        for images, labels in ((task.support_x[0], task.support_y[0]), (task.query_x[0], task.query_y[0])):
+            for image, label in zip(images, labels):
+                at = (x == image).all((1, 2, 3)).nonzero().flatten().tolist()
+                assert len(at) == 1 and y[at[0]] == label
+
+
+def test_gradients_of_several_high_level_tasks_add_up():
+    """Eq. 3: the sum over high-level tasks of their mean losses."""
+    args, params = make_afr("AM", "--tasks", *data.KINDS)
+    batches = [make_afr_task(kind, tasks=2) for kind in data.KINDS]
+    losses, found = afr.run_tasks(params, batches, args, False)
+    assert losses.shape == (8,) and found.shape == (8, 1)
+    expected = {}
+    for j, (kind, batch) in enumerate(zip(data.KINDS, batches)):
+        alone = [afr.task_loss(params, Task(*(x[i] for x in batch)), args, kind)[0] for i in range(2)]
+        torch.testing.assert_close(losses[j::4], torch.stack(alone).detach())
+        gradients = torch.autograd.grad(sum(alone) / 2, list(params.values()), allow_unused=True)
+        for k, g in zip(params, gradients):
+            expected[k] = expected.get(k, 0) + (0 if g is None else g)
+    for k, w in params.items():
+        torch.testing.assert_close(w.grad, expected[k], rtol=1e-7, atol=1e-10)
+
+
+def test_unknown_labels_count_for_nothing():
+    y, known = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4) > 0.4
+    outputs = torch.where(known, y + torch.where(torch.rand(3, 1, 4, 4) > 0.5, 5e-4, 0.1), 77.0)
+    masked = torch.where(known, y, -1.0)
+    torch.testing.assert_close(afr.criterion("depth", outputs, masked), (outputs - y)[known].square().mean())
+    within, _, error, _ = afr.measures("depth", [outputs, outputs], masked)
+    torch.testing.assert_close(within, 100 * ((outputs - y)[known].abs() < 1e-3).float().mean())
+    torch.testing.assert_close(error, 1000 * (outputs - y)[known].square().mean())
+    assert afr.criterion("depth", outputs, torch.full_like(y, -1)) == 0
+
+
+def test_a_decoder_gives_the_size_of_its_image():
+    for size in (16, 28, 42, 84):
+        for kind, channels in (("depth", 1), ("normals", 3)):
+            args = get_args(afr, "--tasks", kind, "--image-size", size, "--filters", 4)
+            params = afr.init_params(args)
+            x = afr.embed(params, torch.rand(2, 3, size, size), afr.Norm())
+            assert x.shape == (2, 4, size // 16, size // 16)
+            assert afr.predict(params, kind, x, args).shape == (2, channels, size, size)
 
 
 # ------------------------------------------------------------------------------------------------------ transference
@@ -2147,6 +2715,25 @@ def test_bench_steps(tmp_path, cache, monkeypatch, capsys):
     assert f"| {middle[2] / middle[0]:.2f} | {middle[2] / middle[1]:.2f} |" in shown
 
 
+def test_bench_reuse(tmp_path, cache, monkeypatch, capsys):
+    words = ["--synthetic", "--modes", "miniimagenet", "--image-size", 16, "--shots", 1, "--cache-dir", cache, "--queries", 2, "--meta-batch", 1]
+    call(bench, monkeypatch, "reuse", *words, "--rounds", 2, "--json", tmp_path / "bench.json")
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())["reuse"]
+    assert [row["method"] for row in found] == list(AFR)
+    maml, _, am, _ = found
+    for what in ("train", "test"):
+        assert f"| {np.median(maml[what]) / np.median(am[what]):.2f} | " in next(line for line in out.splitlines() if line.startswith("| AM"))
+    assert f"| {am['parameters']:,} | {am['parameters'] / maml['parameters']:.2f} |" in out
+    args = argparse.Namespace(synthetic=True, modes=["miniimagenet"], image_size=16, cache_dir=cache, queries=2, meta_batch=1, ways=5, precision="fp32",
+                              data_root="nowhere", device="cpu")
+    for flags in bench.REUSE:                           # what is timed is what test does
+        _, test, options, params = bench.prepare_reuse(flags, args, 1)
+        task = Task(*(x[0] for x in data.MetaTasks(options, "train").tasks(0, 1)[0]))
+        with torch.no_grad():
+            torch.testing.assert_close(test(), afr.test_outputs(params, task, options, "classification")[0])
+
+
 def test_data_tool(tmp_path, cache):
     done = run("data.py", "list", "--data-root", tmp_path)
     assert done.returncode == 0
@@ -2200,6 +2787,10 @@ def test_the_diff_shows_one_idea():
     one, two = tail.pop().split("\n"), (HERE / "modgrad.py").read_text().split("# Below this line")[1].split("\n")
     changes = [c for c in difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes() if c[0] != "equal"]
     assert [(c[2] - c[1], c[4] - c[3]) for c in changes] == [(1, 1), (0, 4), (1, 2)]
+    # afr.py's: several high-level tasks, and a second measure of each.
+    other = (HERE / "afr.py").read_text().split("# Below this line")[1].split("\n")
+    changes = [c for c in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if c[0] != "equal"]
+    assert sum(c[2] - c[1] for c in changes) <= 52, "lines of the shared text that are not in afr.py"
     lines = (HERE / "mprotonet.py").read_text().split("\n")
     assert len(lines) <= 505
     assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
@@ -2317,6 +2908,86 @@ def test_tables_of_modgrad_are_exactly_as_expected(tmp_path):
     assert "5-way 10-shot" in done.stdout
     (figure,) = re.findall(r"\((modgrad-shots[^)]*)\)", done.stdout)
     assert (tmp_path / "out" / figure).exists()
+
+
+def make_afr_result(folder, words, values, transfer=None):
+    """A result file as afr.py writes it; `values`: {measure: per-task list}, a single number standing for two tasks of each stratum."""
+    args = get_args(afr, *words)
+    n = len(args.strata)
+
+    def of(values, strata, n=n):
+        found = {key: [float(x) for x in values[key]] for key in afr.KEYS}
+        return dict(zip(afr.PER_TASK, found.values())) | {key: kml.summary(np.array(x), strata) for key, x in found.items()}
+    result = {"method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots, "synthetic": args.synthetic, "strata": args.strata,
+              "data": [f"{mode}-abc" for mode in args.modes], "iterations": args.iterations, "seconds_per_iteration": 0.5, "test_tasks": 2 * n,
+              "parameters": {"backbone": 1000, "head": 100, "attention": 0}, "args": vars(args), **of(values, args.strata),
+              "transfer": {mode: {"data": [f"{mode}-abc"], **of(transfer, [mode])} for mode in args.transfer}}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    line = {stratum: {"mean": 3.0, "ci95": 1.0} for stratum in args.strata}
+    (folder / "log.jsonl").write_text("\n".join(json.dumps({"iteration": t, "validation": dict.fromkeys(afr.KEYS, line)}) for t in (1, 2)))
+
+
+def measured_as(*values):
+    return dict(zip(afr.KEYS, values))
+
+
+def test_tables_of_attentive_feature_reuse_are_exactly_as_expected(tmp_path):
+    words = ["--modes", "miniimagenet", "--image-size", 42, "--iterations", 500, "--transfer", "fc100"]
+    make_afr_result(tmp_path / "a", [*words, "--algorithm", "maml"], measured_as([40, 50], [40, 48], [41, 51], [41, 49]),
+                    measured_as([30, 40], [30, 38], [31, 41], [31, 39]))
+    make_afr_result(tmp_path / "b", words, measured_as([44, 52], [44, 50], [43, 53], [43, 51]), measured_as([30, 42], [30, 40], [31, 43], [31, 41]))
+    make_afr_result(tmp_path / "c", [*words, "--alpha", 0.5], measured_as([10, 20], [10, 20], [10, 20], [10, 20]), measured_as([1, 2], [1, 2], [1, 2], [1, 2]))
+    done = here("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert """\
+# Attentive feature reuse: tables from result files
+
+### miniimagenet, 5-way 1-shot
+
+**42 px instead of 84, 500 iterations of 4 subtasks instead of our default's 60,000 of 4.** 2 test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.
+
+| method | cross-entropy | paper's Table 2, cross-entropy | NIL | paper's Table 2, NIL | transfer to fc100, cross-entropy | paper, mini-Places, cross-entropy | transfer to fc100, NIL | paper, mini-Places, NIL | parameters | s an iteration |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| MAML | 45.00 ± 9.80 / 44.00 ± 7.84 | 48.7 | 46.00 ± 9.80 / 45.00 ± 7.84 | 49.1 | 35.00 ± 9.80 / 34.00 ± 7.84 | 31.2 | 36.00 ± 9.80 / 35.00 ± 7.84 | 33.8 | 1,100 | 0.5 |
+| AM | 48.00 ± 7.84 / 47.00 ± 5.88 | 51.1 | 48.00 ± 9.80 / 47.00 ± 7.84 | 52.3 | 36.00 ± 11.76 / 35.00 ± 9.80 | 33.5 | 37.00 ± 11.76 / 36.00 ± 9.80 | 34.3 | 1,100 | 0.5 |
+| AM, `--alpha 0.5` | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1,100 | 0.5 |
+
+| difference, task by task | cross-entropy | NIL | transfer to fc100, cross-entropy | transfer to fc100, NIL |
+| --- | --- | --- | --- | --- |
+| AM - MAML | +3.00 ± 1.96 / +3.00 ± 1.96 | +2.00 ± 0.00 / +2.00 ± 0.00 | +1.00 ± 1.96 / +1.00 ± 1.96 | +1.00 ± 1.96 / +1.00 ± 1.96 |
+""" in done.stdout
+
+
+def test_tables_of_single_and_multi_meta_task(tmp_path):
+    scenes = ["--modes", "scenes", "--shots", 5, "--iterations", 500, "--val-every", 100, "--test-tasks", 600]
+    for name, more, first, second in (("am", [], 39, 0.4), ("none", ["--modulation", "none"], 36, 0.5)):
+        make_afr_result(tmp_path / f"d-{name}", [*scenes, "--tasks", "depth", *more], measured_as([first, first + 4], [first] * 2, [second, second + 0.2], [second] * 2))
+        make_afr_result(tmp_path / f"c-{name}", [*scenes, *more], measured_as([first + 1, first + 5], [first] * 2, [first] * 2, [first] * 2))
+    multi = [*scenes, "--tasks", *data.KINDS, "--modulation", "none"]
+    make_afr_result(tmp_path / "multi", multi, *[measured_as(*[[30, 40, 50, 60, 32, 44, 58, 60]] * 2, *[[31, 0.6, 70, 80, 33, 0.6, 70, 80]] * 2)])
+    done = here("tables.py", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("### scenes: single and multi meta-task, 5-way 5-shot"):]
+    assert "**Ray-cast scenes, not MMT; synthetic.** **500 iterations of 4 subtasks instead of our default's 60,000 of 4.**" in table
+    cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")}
+    head = cells["run"]
+    single = dict(zip(head, cells["single meta-task, AM, 32 filters"]))
+    assert single["depth, accuracy"] == "41.00 ± 3.92 / 39.00 ± 0.00"
+    assert single["classification, accuracy"] == "42.00 ± 3.92 / 39.00 ± 0.00"
+    assert single["depth, error"] == "0.50 ± 0.20 / 0.40 ± 0.00"
+    assert (single["MMT, depth, accuracy"], single["MMT, depth, error"], single["MMT, normals, error"], single["vanishing, error"]) == ("87.8", "0.495", "84.1", "-")
+    several = dict(zip(head, cells["multi meta-task, ANIL, 32 filters"]))
+    assert (several["depth, accuracy"], several["normals, error"]) == ("42.00 ± 3.92 / 42.00 ± 3.92", "70.00 ± 0.00 / 70.00 ± 0.00")
+    assert several["MMT, vanishing, error"] == "118.3"
+    head = cells["difference, task by task"]
+    gain = dict(zip(head, cells["single meta-task, AM, 32 filters - single meta-task, ANIL, 32 filters"]))
+    assert (gain["depth, accuracy"], gain["classification, accuracy"]) == ("+3.00 ± 0.00 / +3.00 ± 0.00",) * 2
+    assert gain["depth, error"] == "-0.10 ± 0.00 / -0.10 ± 0.00"
+    more = dict(zip(head, cells["multi meta-task, ANIL, 32 filters - single meta-task, ANIL, 32 filters"]))
+    assert more["depth, accuracy"].startswith("+4.00 ± 0.00") and more["classification, accuracy"].startswith("-8.00 ± 1.96")
+    (figure,) = re.findall(r"\((afr-validation[^)]*)\)", table)
+    assert Image.open(tmp_path / "out" / figure).width > 800
 
 
 def test_tables_list_the_trials_of_step_sizes(tmp_path):
@@ -2451,10 +3122,32 @@ def check_modgrad_cells(found):
     assert sum(map(len, seen.values())) == len(found)
 
 
+def check_afr_cells(found):
+    """Table 2: four methods of 1 and 5 shots, and their transfer. Table 1: each task alone and all, with and without attention."""
+    seen = set()
+    for line, cell in found:
+        words = shlex.split(line.split("  #")[0])
+        assert words[1] == "afr.py"
+        args, (_, part, where, name) = afr.get_args(words[2:]), cell.split("/")
+        assert args.iterations * args.meta_batch == 240000
+        if part == "table2":
+            assert (where, name, args.modes, args.transfer, args.filters) == (f"{args.shots}shot", args.method.lower(), ["miniimagenet"], ["fc100"], 32)
+            seen.add((part, args.shots, args.method))
+        else:
+            assert (args.modes, args.shots, args.synthetic, where) == (["scenes"], 5, True, f"{args.filters}filters")
+            assert name == f"{args.tasks[0] if len(args.tasks) == 1 else 'multi'}-{args.modulation}"
+            seen.add((part, args.filters, args.method, len(args.tasks), args.tasks[0]))
+    assert seen == {*(("table2", shots, method) for shots in (1, 5) for method in AFR),
+                    *(("table1", filters, method, 1, task) for filters in (32, 64) for method in ("ANIL", "AM") for task in data.KINDS),
+                    *(("table1", filters, method, 4, "classification") for filters in (32, 64) for method in ("ANIL", "AM"))}
+    assert len(found) == len(seen) == 28
+
+
 def test_run_all_lists_every_cell():
     lines = run_all("--dry-run").stdout.splitlines()
     cells = [line.split("--out runs/")[1].split("  ")[0] for line in lines]
-    assert len(set(cells)) == len(cells) == 171
+    assert len(set(cells)) == len(cells) == 171 + 28
+    check_afr_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("afr/")])
     check_modgrad_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("modgrad/") and "table3" not in cell and "figure8" not in cell])
     table3 = [(line, cell) for line, cell in zip(lines, cells) if "table3" in cell]
     for line, cell in table3:
@@ -2593,6 +3286,9 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
     """As they stand, with a tiny budget appended; those on real images without their download. In this process, which saves
     two seconds a command."""
     monkeypatch.chdir(tmp_path)
+    for name, few in (("SCENE_IMAGES", 96), ("SCENE_DOMAINS", dict.fromkeys(data.SPLITS, 2)), ("SCENE_CLASSES", dict.fromkeys(data.SPLITS, 6))):
+        monkeypatch.setattr(data, name, few)
+    monkeypatch.setattr(afr, "REPORTED", 4)
     commands = readme_commands()
     assert any("kml.py" in c for c in commands)
     assert any("mmaml.py" in c for c in commands)
@@ -2605,6 +3301,10 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
         if words[0] in ("kml.py", "mmaml.py", "mprotonet.py", "modgrad.py"):
             words += [*TINY, "--image-size", "16", "--test-tasks", "10", "--cache-dir", cache]
             words += ["--keep-every", "3"] if "runs/example" in words else [] if "--out" in words else ["--out", str(tmp_path / str(number))]
+        elif words[0] == "afr.py":
+            words += ["--image-size", "16", "--filters", "4", "--meta-batch", "1", "--iterations", "4", "--steps", "1", "--queries", "3", "--synthetic",
+                      "--test-tasks", "12", "--val-tasks", "12", "--report-tasks", "2", "--cache-dir", cache]
+            words += [] if "--out" in words else ["--out", str(tmp_path / str(number))]
         elif words[0] == "modgrad_completion.py":
             words += ["--iterations", "4", "--image-size", "11", "--hidden", "4", "--test-tasks", "10", "--cache-dir", cache]
         elif words[0] == "modgrad_rl.py":
@@ -2666,7 +3366,8 @@ def test_committed_results_are_whole():
         assert result["synthetic"] is False
         for key, tasks in (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive")):
             if result[tasks] is not None:
-                assert kml.summary(np.array(result[tasks]), result["modes"]) == result[key]
+                found = kml.summary(np.array(result[tasks]), result.get("strata", result["modes"]))
+                assert {k: found[k] for k in result[key]} == result[key]
         assert len(result["per_task"]) == result["test_tasks"]
         assert result["versions"]["commit"]
         assert (path.parent / "log.jsonl").exists()
@@ -2706,7 +3407,7 @@ def test_readme_shows_the_measured_speeds():
     for path in RESULTS.glob("bench-*.json"):
         record = json.loads(path.read_text())
         args = argparse.Namespace(**record["args"])
-        for part, table in (("train", bench.train_table), ("variants", bench.variants_table), ("steps", bench.steps_table)):
+        for part, table in (("train", bench.train_table), ("variants", bench.variants_table), ("steps", bench.steps_table), ("reuse", bench.reuse_table)):
             if part in record:
                 assert args.synthetic is False
                 rows = table(record[part], args).split("\n")
