@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def read_run(file):
         done = run["iterations"], args["meta_batch"]
         protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
         return {"method": method, "modes": modes, "family": family, "options": options, "seed": args["seed"],
-                "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, run["data"])),
+                "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, images_of(run))),
+                "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
                 "budget": tuple((k, args.get(k, v)) for k, v in BUDGET.items())
                 + (("steps", "paper" if done == steps else done), ("synthetic", run["synthetic"])),
                 "scores": {protocol: {mode: np.array(x[m::len(modes)]) for m, mode in enumerate(modes)}
@@ -169,9 +171,18 @@ def score(run, protocol, modes):
     return interval([run["scores"][protocol][mode] for mode in modes]) if protocol in run["scores"] else None
 
 
+def images_of(run):
+    """What the images of a run's modes are, from its result file -> list. The fingerprint of real images is left out: it was made of
+    file times once, so that a copy of an archive had another. Which classes and images were drawn is in tasks_sha256."""
+    return [name if run["synthetic"] else re.sub(r"-[0-9a-f]{12}$", "", name) for name in run["data"]]
+
+
 def difference(a, b, protocol, modes):
     """Accuracy of run a minus that of b on the tasks they share -> (mean, interval), or None where there are none."""
     if not all(protocol in run["scores"] for run in (a, b)) or any(a["data"][m] != b["data"][m] for m in modes):
+        return None
+    one, two = a.get("tasks"), b.get("tasks")                               # modes, number, hash
+    if one and two and one[:2] == two[:2] and one != two:
         return None
     pairs = [(a["scores"][protocol][m], b["scores"][protocol][m]) for m in modes]
     return interval([x[:len(y)] - y[:len(x)] for x, y in pairs])        # task j is the same in every run
@@ -334,7 +345,8 @@ def read_modgrad(folders):
             runs.append({
                 "method": run["method"], "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"],
                 "alpha": args["alpha"], "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file,
-                "data": dict(zip(modes, run["data"])), "budget": (*((k, None if done[k] == v else (done[k], v)) for k, v in budget.items()), ("synthetic", run["synthetic"])),
+                "data": dict(zip(modes, images_of(run))), "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
+                "budget": (*((k, None if done[k] == v else (done[k], v)) for k, v in budget.items()), ("synthetic", run["synthetic"])),
                 "scores": scores[0], "best": {"scores": scores[1], "iteration": best["iteration"]} if best else None,
                 "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"]})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -378,7 +390,7 @@ def modgrad_block(runs):
     def of_best(pair, protocol):
         if not all(run["best"] for run in pair):
             return None
-        return difference(*({"scores": run["best"]["scores"], "data": run["data"]} for run in pair), protocol, modes)
+        return difference(*(run | {"scores": run["best"]["scores"]} for run in pair), protocol, modes)
     differences = {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
                    "last, paper protocol": lambda pair: show(difference(*pair, "paper", modes), "+"),
                    "last, inductive": lambda pair: show(difference(*pair, "inductive", modes), "+"),
@@ -409,7 +421,7 @@ def completion_tables(folders):
             cells = groups.setdefault(key, {})
             if (name, (run["order"], run["pixels"])) in cells:
                 print(f"note: {file} repeats another run and is left out", file=sys.stderr)
-            cells.setdefault((name, (run["order"], run["pixels"])), (np.array(run["per_task"]), run["data"]))
+            cells.setdefault((name, (run["order"], run["pixels"])), (np.array(run["per_task"]), images_of(run)))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
     parts = []
@@ -624,12 +636,12 @@ def read_afr(folders):
             flags = {k: " ".join(map(str, args[k])) if isinstance(args[k], list) else args[k] for k, v in usual.items() if args.get(k, v) != v}
             scores = {(key, stratum): np.array(run[tasks][i::len(strata)]) for key, tasks in zip(afr.KEYS, afr.PER_TASK) for i, stratum in enumerate(strata)}
             scores |= {(key, mode): np.array(found[tasks]) for mode, found in run["transfer"].items() for key, tasks in zip(afr.KEYS, afr.PER_TASK)}
-            data = dict.fromkeys(strata, run["data"][0]) if strata == args["tasks"] else dict(zip(strata, run["data"]))
+            data = dict.fromkeys(strata, images_of(run)[0]) if strata == args["tasks"] else dict(zip(strata, images_of(run)))
             runs.append({
                 "method": run["method"], "options": flags, "seed": args["seed"], "first_seed": 0, "modes": run["modes"], "tasks": args["tasks"],
                 "filters": args["filters"], "ways": run["ways"], "shots": run["shots"], "file": file, "synthetic": run["synthetic"],
                 "budget": tuple((k, args[k] if k != "iterations" else run["iterations"]) for k in AFR_BUDGET), "scores": scores,
-                "data": data | {mode: found["data"][0] for mode, found in run["transfer"].items()}, "transfer": list(run["transfer"]),
+                "data": data | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()}, "transfer": list(run["transfer"]),
                 "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"], "test_tasks": run["test_tasks"]})
         except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
             fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")

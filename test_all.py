@@ -2268,6 +2268,18 @@ def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch, capsys):
     assert f"taken from the cache {second}" in capsys.readouterr().err
 
 
+def test_a_copied_zip_is_the_same_data(tmp_path):
+    for name, content in (("one", b"1"), ("two", b"1"), ("three", b"2")):
+        write_zip(tmp_path / name / "train.zip", {"a/1.png": content})
+    os.utime(tmp_path / "two" / "train.zip", (1, 1))
+    one, two, three = (data.fingerprint([tmp_path / name / "train.zip"]) for name in ("one", "two", "three"))
+    assert one == two != three
+    (tmp_path / "one" / "train.zip").write_bytes(b"PK damaged")
+    damaged = data.fingerprint([tmp_path / "one" / "train.zip"])
+    os.utime(tmp_path / "one" / "train.zip", (1, 1))
+    assert one != damaged != data.fingerprint([tmp_path / "one" / "train.zip"])
+
+
 @real("omniglot", "miniimagenet", "fc100")
 @pytest.mark.parametrize("mode, classes, images", [("omniglot", (1028, 172, 423), 20), ("miniimagenet", (64, 16, 20), 600),
                                                    ("fc100", (60, 20, 20), 600)])
@@ -2835,6 +2847,9 @@ def test_intervals_and_paired_differences_of_the_tables_agree_with_a_bootstrap()
     assert tables.difference(one, shorter, "paper", ["a"])[0] == gains["a"][:200].mean()
     assert tables.difference(one, shorter, "inductive", ["a"]) is None
     assert tables.difference(one, shorter | {"data": {"a": 1, "b": 3}}, "paper", ["a", "b"]) is None, "other images"
+    assert tables.difference(*(run | {"tasks": ("ab", 300, sha)} for run, sha in ((one, "x"), (two, "y"))), "paper", ["a"]) is None, "other tasks"
+    assert tables.images_of({"synthetic": False, "data": ["omniglot-42-08c3dcbf50bd"]}) == ["omniglot-42"]
+    assert tables.images_of({"synthetic": True, "data": ["omniglot-42-08c3dcbf50bd"]}) == ["omniglot-42-08c3dcbf50bd"]
 
 
 def test_tables_are_exactly_as_expected(tmp_path):
