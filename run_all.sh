@@ -132,6 +132,11 @@ for order in random ordered; do
     done
 done
 
+# ModGrad, Figure 5: alphabets of Omniglot, 100 steps each in testing, whatever the steps in training.
+for algorithm in modgrad maml fomaml reptile; do
+    cell "modgrad/figure5/$algorithm" "" modgrad_multishot.py --algorithm $algorithm
+done
+
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 

@@ -4,7 +4,7 @@
 
 reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
 <out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations, and
-ModGrad's Figure 6 where there are several numbers of shots.
+ModGrad's Figure 6 where there are several numbers of shots, and its Figure 5 of the multi-shot runs.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
 iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
@@ -22,6 +22,7 @@ import numpy as np
 
 import modgrad
 import modgrad_completion
+import modgrad_multishot
 from data import atomic_write, fail
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -81,6 +82,11 @@ MODGRAD_BUDGET = {"image_size": 84, "channels": 64, "queries": 15, "precision": 
 MODGRAD_DEEP = {"resnet34": {"image_size": 224, "episodes": 100000}}
 UNITS = {"image_size": "px", "channels": "channels in layer 1", "queries": "queries a class", "precision": "precision",
          "episodes": "episodes"}
+MULTISHOT_BUDGET = {"ways": 20, "queries": 5, "batch": 20, "image_size": 28, "channels": 64, "precision": "fp32", "test_steps": 100,
+                    "iterations": 1000, "meta_batch": 20}
+MULTISHOT_UNITS = UNITS | {"ways": "ways", "batch": "images a step", "channels": "channels in each layer", "test_steps": "steps in testing",
+                           "iterations": "iterations", "meta_batch": "tasks an iteration"}
+MULTISHOT_OPTIONS = {"rank": 5, "context": 300, "inner_clip": 20.0, "first_order": False, "lr_halve_every": 0, "seed": 0}
 ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}          # and tasks in each
 MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}         # of Multi-MAML
 
@@ -309,7 +315,7 @@ def read_modgrad(folders):
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = json.loads(file.read_text())
-            if "algorithm" not in run.get("args", {}) or "pixels" in run:
+            if "algorithm" not in run.get("args", {}) or "pixels" in run or "curve" in run:
                 continue
             args, modes, best = run["args"], run["modes"], run.get("best_on_validation")
             steps, alpha, _ = modgrad.DEFAULTS[args["algorithm"]]
@@ -435,6 +441,85 @@ def completion_tables(folders):
     return parts
 
 
+def multishot_tables(folders, out, figures):
+    """The runs of modgrad_multishot.py under the folders -> parts of tables.md: ModGrad's Figure 5, one for each budget; appends to
+    `figures` (function, its arguments)."""
+    groups, parts, methods = {}, [], list(modgrad_multishot.METHODS.values())
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = json.loads(file.read_text())
+            if "curve" not in run:
+                continue
+            args = run["args"]
+            usual = MULTISHOT_OPTIONS | dict(zip(("steps", "alpha", "adapt", "outer", "lr"), modgrad_multishot.DEFAULTS[args["algorithm"]]))
+            options = {k: args[k] for k, v in usual.items() if k != "adapt" and args.get(k, v) != v}
+            budget = tuple((k, run["iterations"] if k == "iterations" else args[k]) for k in MULTISHOT_BUDGET)
+            runs = groups.setdefault((tuple(run["modes"]), run["synthetic"], tuple(run["shots"]), run["test_tasks"], budget), {})
+            name = label({"method": run["method"], "options": options, "seed": None})
+            if name in runs:
+                print(f"note: {file} repeats another run and is left out", file=sys.stderr)
+            runs.setdefault(name, {"what": (run["data"], run["tasks_sha256"]), **{
+                k: run[k] for k in ("method", "accuracy", "accuracy_inductive", "loss", "curve", "after", "seconds_per_iteration")}, **{
+                k: np.array(run[k]) for k in ("per_task", "per_task_inductive", "per_task_loss", "per_task_alphabet")}})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+    for (modes, synthetic, shots, tasks, budget), runs in sorted(groups.items()):
+        budget = dict(budget)
+        K, known = budget["test_steps"], modes == ("omniglot",) and not synthetic and (budget["ways"], budget["test_steps"]) == (20, 100)
+        rows = sorted(runs.items(), key=lambda row: (methods.index(row[1]["method"].split(" on ")[0]), row[0]))
+
+        def spread(value, digits=2, sign=""):
+            return "{:{}.{d}f} ± {:.{d}f}".format(value["mean"], sign, value["ci95"], d=digits)
+
+        def against(key, digits=2, base=rows[0][1], spread=spread):
+            def cell(row):
+                if base["what"] != row[1]["what"]:
+                    return "-"                              # other tasks
+                return spread(modgrad_multishot.summary(base[key] - row[1][key], base["per_task_alphabet"]), digits, "+")
+            return cell
+        columns = {"method": lambda row: row[0], "paper protocol": lambda row, f=spread: f(row[1]["accuracy"]),
+                   "inductive": lambda row, f=spread: f(row[1]["accuracy_inductive"])}
+        columns |= {"ModGrad's Figure 5": lambda row: modgrad_multishot.PAPER[row[1]["method"]] or "-"} if known else {}
+        columns |= {f"after {k}": lambda row, i=i: f"{row[1]['after']['mean'][i]:.2f}" for i, k in enumerate(rows[0][1]["after"]["steps"][:-1])}
+        columns |= {"training loss": lambda row, f=spread: f(row[1]["loss"], 3), "s an iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}"}
+        differences = {"difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}", "paper protocol": against("per_task"),
+                       "inductive": against("per_task_inductive"), "training loss": against("per_task_loss", 3)}
+        words = ["Synthetic images"] * synthetic + [f"{budget[k]} {MULTISHOT_UNITS[k]} instead of {v}"
+                                                    for k, v in MULTISHOT_BUDGET.items() if budget[k] != v]
+        parts.append(
+            f"### Multi-shot, {' + '.join(modes)}, {budget['ways']}-way, {shots[0]} to {shots[1]} shots\n\n" + "".join(f"**{x}.** " for x in words)
+            + f"{tasks:,} test tasks; accuracy in % on held-out drawings after {K} steps, and after fewer (paper protocol); training loss: the mean of "
+            f"the {K} steps; 95 % intervals over alphabets." + f" LEAP, which is not here, has {modgrad_multishot.PAPER['LEAP']} in the paper." * known
+            + f"\n\n{table(rows, columns)}" + (f"\n{table(rows[1:], differences)}" if rows[0][1]["method"] == "ModGrad" and rows[1:] else ""))
+        if importlib.util.find_spec("matplotlib"):
+            slug = [*["synthetic"] * synthetic, "+".join(modes), f"{shots[0]}to{shots[1]}", *(f"{k}{budget[k]}" for k, v in MULTISHOT_BUDGET.items() if budget[k] != v)]
+            figures.append((against_steps, dict(rows), "; ".join(words), out / f"modgrad-multishot-{'-'.join(slug).replace('_', '')}-{tasks}tasks.png"))
+            parts.append(f"![Training loss and accuracy against steps]({figures[-1][-1].name})\n")
+    return parts
+
+
+def against_steps(runs, about, file):
+    """ModGrad's Figure 5: training loss and accuracy on held-out drawings against steps on new alphabets -> PNG `file`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, run in runs.items():
+        name = name.replace("`", "")
+        mean, half = (np.array(run["curve"][k]) for k in ("mean", "ci95"))
+        left.plot(range(len(mean)), mean, label=name, linewidth=1.3)
+        left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
+        right.errorbar(run["after"]["steps"], run["after"]["mean"], run["after"]["ci95"], marker="o", capsize=2, label=name)
+    left.set(xlabel="steps made", ylabel="loss of the next training batch")
+    right.set(xlabel="steps made", ylabel="accuracy on held-out drawings, %, paper protocol", xscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.suptitle(f"Alphabets not trained on{'; ' * bool(about)}{about}", fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def against_shots(runs, file):
     """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
     import matplotlib
@@ -546,7 +631,7 @@ def main():
     p.add_argument("folders", nargs="*", default=["runs"], metavar="FOLDER", help="where result files are (runs)")
     p.add_argument("--out", default="results", help="folder of tables.md and the figures")
     args = p.parse_args()
-    groups, out = {}, Path(args.out)
+    groups, figures, out = {}, [], Path(args.out)
     found = read(args.folders)
     common_flags(found, ("family", "budget", "ways", "shots"))
     for run in found:
@@ -555,12 +640,12 @@ def main():
         if label(run) in table_of:
             print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
         table_of.setdefault(label(run), run)
-    other, completions = read_modgrad(args.folders), completion_tables(args.folders)
-    if not groups and not other and not completions:
+    other, completions, multishot = read_modgrad(args.folders), completion_tables(args.folders), multishot_tables(args.folders, out, figures)
+    if not (groups or other or completions or multishot):
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
-    parts, seen, figures = [], set(), []
+    parts, seen = [], set()
     for group in (groups[key] for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))):
         singles = {(run["method"], modes[0]): run for modes, runs in group.items() if len(modes) == 1
                    for run in runs.values() if label(run) in ("Multi-MAML", "Multi-ProtoNet")}
@@ -580,8 +665,8 @@ def main():
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
-    if other or completions:
-        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *completions]
+    if other or completions or multishot:
+        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *completions, *multishot]
     text = ("# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
             "bench.py measures speed.\n\n" + "\n".join(parts))
     print(text)
