@@ -412,7 +412,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "title")
+             "test_steps", "title")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 

@@ -452,7 +452,8 @@ def multishot_tables(folders, out, figures):
                 continue
             args = run["args"]
             usual = MULTISHOT_OPTIONS | dict(zip(("steps", "alpha", "adapt", "outer", "lr"), modgrad_multishot.DEFAULTS[args["algorithm"]]))
-            options = {k: args[k] for k, v in usual.items() if k != "adapt" and args.get(k, v) != v}
+            idle = ("adapt",) if args["algorithm"] == "modgrad" else ("adapt", "rank", "context")      # layers are in the method's name
+            options = {k: args[k] for k, v in usual.items() if k not in idle and args.get(k, v) != v}
             budget = tuple((k, run["iterations"] if k == "iterations" else args[k]) for k in MULTISHOT_BUDGET)
             runs = groups.setdefault((tuple(run["modes"]), run["synthetic"], tuple(run["shots"]), run["test_tasks"], budget), {})
             name = label({"method": run["method"], "options": options, "seed": None})

@@ -1175,7 +1175,7 @@ def test_a_multishot_run_from_start_to_end(tmp_path, cache, monkeypatch, capsys)
     assert "LEAP" not in made and "85.1" not in made
     pair = [np.array(found[name]["per_task"]) for name in ("modgrad", "fomaml")]
     expected = modgrad_multishot.summary(pair[0] - pair[1], alphabets)
-    assert f"{expected['mean']:+.2f} ± {expected['ci95']:.2f}" in rows["ModGrad, `--steps 3` - FOMAML, `--steps 3`"]
+    assert f"{expected['mean']:+.2f} ± {expected['ci95']:.2f}" in rows["ModGrad, `--context 4 --steps 3` - FOMAML, `--steps 3`"]
     (figure,) = re.findall(r"\((modgrad-multishot[^)]*)\)", made)
     assert Image.open(tmp_path / "out" / figure).size[0] > 900
 
@@ -1185,7 +1185,7 @@ def test_the_multishot_table_shows_the_papers_numbers(tmp_path, cache, monkeypat
     for algorithm in ("modgrad", "fomaml"):
         call(modgrad_multishot, monkeypatch, *words, "--algorithm", algorithm, "--out", tmp_path / algorithm)
         result = json.loads((tmp_path / algorithm / "result.json").read_text())
-        result["args"] |= {"test_steps": 100, "steps": modgrad_multishot.DEFAULTS[algorithm][0]}
+        result["args"] |= {"test_steps": 100, "context": 300, "steps": modgrad_multishot.DEFAULTS[algorithm][0]}
         (tmp_path / algorithm / "result.json").write_text(json.dumps(result | {"synthetic": False}))
     made = here("tables.py", tmp_path, "--out", tmp_path / "out").stdout
     assert "has 83.3 in the paper" in made
