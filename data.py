@@ -1531,6 +1531,125 @@ class MetaTasks:
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
+class Alphabets:
+    """Draws multi-shot tasks: an alphabet is a task, N of its characters the classes, each with a number of training drawings
+    of its own, from shots[0] to shots[1]; Q other drawings of each are held out. Training goes by `steps` batches of B images,
+    picked at random, with replacement, from the task's training drawings. (LEAP's protocol: Flennerhag et al., ICLR 2019.)
+
+    Task fields here: support_x (steps, B, 1, S, S) and support_y (steps, B), a batch a step; query_x (N*Q, 1, S, S) and query_y
+    (N*Q,), the held-out drawings; mode: number of the alphabet within the split. Every image is turned by any angle, moved by
+    up to 20 % and scaled by 0.8 to 1.2, anew each time it is shown (the ranges of LEAP's code, which does so with those held
+    out, too).
+
+    Args:
+        mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
+            than N characters are left out; the others, sorted and shuffled with a fixed seed, are 25 for training, then 10 for
+            testing, and those left for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split into characters that
+            `Episodes` uses does not matter here. synthetic: alphabets are invented, N characters in a row of those drawn,
+            from every second one on: of the first 52 for training, of 24 others each for validation and testing.
+        shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
+
+    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer steps are a prefix of more.
+    """
+
+    def __init__(self, mode, split, ways, shots, queries, steps, batch, image_size, seed=None, device="cpu", root="data",
+                 cache_dir=".cache", synthetic=False):
+        self.mode, self.split, self.ways, self.shots, self.queries = canonical_mode(mode, root), split, ways, tuple(shots), queries
+        self.steps, self.batch, self.seed, self.size = steps, batch, seed, image_size
+        self.device, self.synthetic = torch.device(device), synthetic
+        folder, classes, alphabets = prepare(mode, image_size, root, cache_dir, synthetic), [], {}
+        self.folders = [folder.name]                        # names what the images were made from
+        sizes, images = json.loads((folder / "classes.json").read_text()), []
+        for part in SPLITS:                                 # all characters: alphabets are split here, not characters
+            if part in sizes:
+                classes += sizes[part]
+                images.append(torch.from_numpy(np.load(folder / f"{part}.npy", mmap_mode="c"))[..., :1])
+        self.images = torch.cat(images).squeeze(-1).to(self.device)                                     # (n, S, S) uint8
+        ends = np.cumsum([count for _, count in classes])
+        drawn = [(name, end - count, count) for (name, count), end in zip(classes, ends)]       # name, first row, drawings
+        if synthetic:
+            pool = dict(zip(("train", "val", "test"), (drawn[:52], drawn[52:76], drawn[76:])))[split]
+            chosen = {f"{split}-{first}": pool[first:first + ways] for first in range(0, len(pool) - ways + 1, 2)}
+        else:
+            for item in drawn:
+                alphabets.setdefault(item[0].rpartition("/")[0], []).append(item)
+            names = sorted(name for name, characters in alphabets.items() if name and len(characters) >= ways)
+            np.random.RandomState(123).shuffle(names)
+            chosen = {name: alphabets[name] for name in {"train": names[:25], "val": names[35:], "test": names[25:35]}[split]}
+            if len(names) < 37:
+                fail(f"{self.mode} has {len(names)} alphabets (folders of class folders) of at least {ways} characters, 37 are "
+                     "needed: lower --ways, or put the published archives there")
+        if len(chosen) < 2:
+            fail(f"{self.mode}/{split} has {len(chosen)} alphabets of {ways} characters, 2 are needed: lower --ways")
+        name, _, least = min((item for characters in chosen.values() for item in characters), key=lambda item: item[2])
+        if least < shots[1] + queries:
+            fail(f"{self.mode}: character {name} has {least} drawings, {shots[1]} shots + {queries} queries need "
+                 f"{shots[1] + queries}: lower --shots or --queries")
+        self.names, self.characters = list(chosen), [np.array([item[1:] for item in x]) for x in chosen.values()]
+
+    @classmethod
+    def of(cls, args, split):
+        """Tasks as the flags of a script describe them; only training depends on the seed, and has --steps, not --test-steps."""
+        (mode,), train = args.modes, split == "train"
+        return cls(mode, split, args.ways, args.shots, args.queries, args.steps if train else args.test_steps, args.batch,
+                   args.image_size, args.seed if train else None, args.device, args.data_root, args.cache_dir, args.synthetic)
+
+    def alphabets(self, first, count):
+        """Numbers (count,) of the alphabets of tasks first .. first + count - 1."""
+        numbers, A = np.arange(first, first + count), len(self.names)
+        if self.seed is None:
+            return numbers % A
+        name = f"order of alphabets {self.mode} {self.seed}"
+        order = [distinct(uniform(name, turn, A)[None], np.array([A]))[0] for turn in range(first // A, numbers[-1] // A + 1)]
+        return np.concatenate(order)[numbers - first // A * A]
+
+    def draw(self, number, alphabet):
+        """Task `number` -> rows of the held-out drawings (N, Q), rows (steps, B) and labels (steps, B) of the batches, and uniform
+        numbers (N*Q + steps*B, 4) for turning, scaling and moving them, the held-out ones first."""
+        N, Q, (fewest, most), shown = self.ways, self.queries, self.shots, self.steps * self.batch
+        characters = self.characters[alphabet]
+        name = f"alphabets {self.mode} {self.split} {N} {self.shots} {Q} {self.batch} {self.seed}"
+        u = uniform(name, number, N * (2 + Q + most + 4 * Q) + 5 * shown)
+        u_class, u_shots, u_drawing, u_query, u_batch = np.split(u, np.cumsum([N, N, N * (Q + most), 4 * N * Q]))
+        starts, counts = characters[distinct(u_class[None], np.array([len(characters)]))[0]].T
+        rows = starts[:, None] + distinct(u_drawing.reshape(N, Q + most), counts)
+        shots = fewest + (u_shots * (most - fewest + 1)).astype(np.int64)
+        labels = np.repeat(np.arange(N), shots)                             # of the task's training drawings
+        places = np.arange(len(labels)) - np.repeat(np.cumsum(shots) - shots, shots)
+        u_batch = u_batch.reshape(shown, 5)
+        pick = (u_batch[:, 0] * len(labels)).astype(np.int64).reshape(self.steps, self.batch)
+        return rows[:, :Q], rows[labels[pick], Q + places[pick]], labels[pick], np.concatenate([u_query.reshape(-1, 4), u_batch[:, 1:]])
+
+    def indices(self, first, count):
+        """Of tasks first .. first + count - 1: alphabets (count,), and the arrays of `draw` with a leading dimension `count`."""
+        alphabets = self.alphabets(first, count)
+        drawn = [self.draw(first + i, alphabet) for i, alphabet in enumerate(alphabets)]
+        return [alphabets, *(np.stack(arrays) for arrays in zip(*drawn))]
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
+        N, Q, S = self.ways, self.queries, self.size
+        alphabets, held_out, rows, labels, u = (torch.from_numpy(x).to(self.device) for x in self.indices(first, count))
+        rows = torch.cat([held_out.flatten(1), rows.flatten(1)], 1).flatten()               # (count * (N*Q + steps*B),)
+        angle, scale, right, down = u.flatten(0, 1).float().unbind(1)
+        angle, scale = 2 * np.pi * angle, 0.8 + 0.4 * scale
+        right, down = 0.8 * right - 0.4, 0.8 * down - 0.4                                   # the image's side is 2 long
+        cos, sin = angle.cos() / scale, angle.sin() / scale
+        places = torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3)
+        grid = torch.nn.functional.affine_grid(places, (len(rows), 1, S, S), align_corners=False)
+        x = torch.nn.functional.grid_sample(self.images[rows][:, None] / 255, grid, align_corners=False)
+        query, support = x.view(count, -1, 1, S, S).split([N * Q, self.steps * self.batch], 1)
+        return Task(support.reshape(count, self.steps, self.batch, 1, S, S), labels,
+                    query, torch.arange(N, device=self.device).repeat_interleave(Q).expand(count, -1), alphabets)
+
+    def sha256(self, count):
+        """A hash of the first `count` tasks: the mode, the alphabets, and the indices drawn (not the turns)."""
+        digest = hashlib.sha256(f"{self.mode} {self.names} {self.size}".encode())
+        for array in self.indices(0, count)[:4]:
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
 def distinct(u, counts):
     """Draw without replacement: row r gives k different numbers below counts[r], in random order.
 

@@ -132,6 +132,11 @@ for order in random ordered; do
     done
 done
 
+# ModGrad, Figure 5: alphabets of Omniglot, 100 steps each in testing, whatever the steps in training.
+for algorithm in modgrad maml fomaml reptile; do
+    cell "modgrad/figure5/$algorithm" "" modgrad_multishot.py --algorithm $algorithm
+done
+
 # ModGrad, Figure 8: reinforcement learning, navigation with two seeds. (The half-cheetahs need gymnasium[mujoco]. There are no
 # images here, so --synthetic does not concern these cells.)
 for env in navigation cheetah-dir cheetah-vel; do

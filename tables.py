@@ -4,7 +4,7 @@
 
 reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
 <out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations,
-ModGrad's Figure 6 where there are several numbers of shots, its Figure 8, and attentive feature reuse's Figure 5 where runs were
+ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8, and attentive feature reuse's Figure 5 where runs were
 validated.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
@@ -25,6 +25,7 @@ import numpy as np
 import afr
 import modgrad
 import modgrad_completion
+import modgrad_multishot
 import modgrad_rl
 from data import atomic_write, fail
 
@@ -331,7 +332,7 @@ def read_modgrad(folders):
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = json.loads(file.read_text())
-            if "algorithm" not in run.get("args", {}) or {"pixels", "env", "nil_or_error"} & set(run):
+            if "algorithm" not in run.get("args", {}) or {"pixels", "env", "curve", "nil_or_error"} & set(run):
                 continue
             args, modes, best = run["args"], run["modes"], run.get("best_on_validation")
             steps, alpha, _ = modgrad.DEFAULTS[args["algorithm"]]
@@ -456,6 +457,93 @@ def completion_tables(folders):
             + "\n" + table([name for name in rows if name[0] != "ModGrad"], {"difference, image by image": lambda name: f"ModGrad - {''.join(name)}"} | {
                 head[o]: lambda name, o=o: against(name, o) for o in columns}))
     return parts
+
+
+MULTISHOT_BUDGET = {"ways": 20, "queries": 5, "batch": 20, "image_size": 28, "channels": 64, "precision": "fp32", "test_steps": 100,
+                    "iterations": 1000, "meta_batch": 20}
+MULTISHOT_UNITS = UNITS | {"ways": "ways", "batch": "images a step", "channels": "channels in each layer", "test_steps": "steps in testing",
+                           "iterations": "iterations", "meta_batch": "tasks an iteration"}
+MULTISHOT_OPTIONS = {"rank": 5, "context": 300, "inner_clip": 20.0, "first_order": False, "lr_halve_every": 0, "seed": 0}
+
+
+def multishot_tables(folders, out, figures):
+    """The runs of modgrad_multishot.py under the folders -> parts of tables.md: ModGrad's Figure 5, one for each budget; appends to
+    `figures` (function, its arguments)."""
+    groups, parts, methods = {}, [], list(modgrad_multishot.METHODS.values())
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = json.loads(file.read_text())
+            if "curve" not in run:
+                continue
+            args = run["args"]
+            usual = MULTISHOT_OPTIONS | dict(zip(("steps", "alpha", "adapt", "outer", "lr"), modgrad_multishot.DEFAULTS[args["algorithm"]]))
+            idle = ("adapt",) if args["algorithm"] == "modgrad" else ("adapt", "rank", "context")      # layers are in the method's name
+            options = {k: args[k] for k, v in usual.items() if k not in idle and args.get(k, v) != v}
+            budget = tuple((k, run["iterations"] if k == "iterations" else args[k]) for k in MULTISHOT_BUDGET)
+            runs = groups.setdefault((tuple(run["modes"]), run["synthetic"], tuple(run["shots"]), run["test_tasks"], budget), {})
+            name = label({"method": run["method"], "options": options, "seed": None})
+            if name in runs:
+                print(f"note: {file} repeats another run and is left out", file=sys.stderr)
+            runs.setdefault(name, {"what": (images_of(run), run["tasks_sha256"]), **{
+                k: run[k] for k in ("method", "accuracy", "accuracy_inductive", "loss", "curve", "after", "seconds_per_iteration")}, **{
+                k: np.array(run[k]) for k in ("per_task", "per_task_inductive", "per_task_loss", "per_task_alphabet")}})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
+    for (modes, synthetic, shots, tasks, budget), runs in sorted(groups.items()):
+        budget = dict(budget)
+        K, known = budget["test_steps"], modes == ("omniglot",) and not synthetic and (budget["ways"], budget["test_steps"]) == (20, 100)
+        rows = sorted(runs.items(), key=lambda row: (methods.index(row[1]["method"].split(" on ")[0]), row[0]))
+
+        def spread(value, digits=2, sign=""):
+            return "{:{}.{d}f} ± {:.{d}f}".format(value["mean"], sign, value["ci95"], d=digits)
+
+        def against(key, digits=2, base=rows[0][1], spread=spread):
+            def cell(row):
+                if base["what"] != row[1]["what"]:
+                    return "-"                              # other tasks
+                return spread(modgrad_multishot.summary(base[key] - row[1][key], base["per_task_alphabet"]), digits, "+")
+            return cell
+        columns = {"method": lambda row: row[0], "paper protocol": lambda row, f=spread: f(row[1]["accuracy"]),
+                   "inductive": lambda row, f=spread: f(row[1]["accuracy_inductive"])}
+        columns |= {"ModGrad's Figure 5": lambda row: modgrad_multishot.PAPER[row[1]["method"]] or "-"} if known else {}
+        columns |= {f"after {k}": lambda row, i=i: f"{row[1]['after']['mean'][i]:.2f}" for i, k in enumerate(rows[0][1]["after"]["steps"][:-1])}
+        columns |= {"training loss": lambda row, f=spread: f(row[1]["loss"], 3), "s an iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}"}
+        differences = {"difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}", "paper protocol": against("per_task"),
+                       "inductive": against("per_task_inductive"), "training loss": against("per_task_loss", 3)}
+        words = ["Synthetic images"] * synthetic + [f"{budget[k]} {MULTISHOT_UNITS[k]} instead of {v}"
+                                                    for k, v in MULTISHOT_BUDGET.items() if budget[k] != v]
+        parts.append(
+            f"### Multi-shot, {' + '.join(modes)}, {budget['ways']}-way, {shots[0]} to {shots[1]} shots\n\n" + "".join(f"**{x}.** " for x in words)
+            + f"{tasks:,} test tasks; accuracy in % on held-out drawings after {K} steps, and after fewer (paper protocol); training loss: the mean of "
+            f"the {K} steps; 95 % intervals over alphabets." + f" LEAP, which is not here, has {modgrad_multishot.PAPER['LEAP']} in the paper." * known
+            + f"\n\n{table(rows, columns)}" + (f"\n{table(rows[1:], differences)}" if rows[0][1]["method"] == "ModGrad" and rows[1:] else ""))
+        if importlib.util.find_spec("matplotlib"):
+            slug = [*["synthetic"] * synthetic, "+".join(modes), f"{shots[0]}to{shots[1]}", *(f"{k}{budget[k]}" for k, v in MULTISHOT_BUDGET.items() if budget[k] != v)]
+            figures.append((against_steps, dict(rows), "; ".join(words), out / f"modgrad-multishot-{'-'.join(slug).replace('_', '')}-{tasks}tasks.png"))
+            parts.append(f"![Training loss and accuracy against steps]({figures[-1][-1].name})\n")
+    return parts
+
+
+def against_steps(runs, about, file):
+    """ModGrad's Figure 5: training loss and accuracy on held-out drawings against steps on new alphabets -> PNG `file`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, run in runs.items():
+        name = name.replace("`", "")
+        mean, half = (np.array(run["curve"][k]) for k in ("mean", "ci95"))
+        left.plot(range(len(mean)), mean, label=name, linewidth=1.3)
+        left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
+        right.errorbar(run["after"]["steps"], run["after"]["mean"], run["after"]["ci95"], marker="o", capsize=2, label=name)
+    left.set(xlabel="steps made", ylabel="loss of the next training batch")
+    right.set(xlabel="steps made", ylabel="accuracy on held-out drawings, %, paper protocol", xscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.suptitle(f"Alphabets not trained on{'; ' * bool(about)}{about}", fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 # What the runs of an environment must have in common to stand in one table, with the protocol's value, and how to say it.
@@ -854,7 +942,8 @@ def main():
             print(f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr)
         table_of.setdefault(label(run), run)
     figures, reuse = [], read_afr(args.folders)
-    other, more = read_modgrad(args.folders), [*completion_tables(args.folders), *rl_tables(args.folders, out, figures)]
+    other, more = read_modgrad(args.folders), [*completion_tables(args.folders), *multishot_tables(args.folders, out, figures),
+                                              *rl_tables(args.folders, out, figures)]
     if not groups and not other and not more and not reuse:
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
