@@ -3665,16 +3665,31 @@ def test_readme_says_what_the_result_files_say(tmp_path):
             for modes in (run_["modes"], *([mode] for mode in run_["modes"])):
                 assert tables.show(tables.score(run_, protocol, modes)) in shown
 
-    for method in ("protonet", "mprotonet+kml"):
-        run_ = runs[f"42px/2mode/5shot/{method}"]
-        shown = [tables.show(tables.score(run_, protocol, run_["modes"])) for protocol in ("paper", "inductive")]
-        assert f"| {'MProtoNet+KML' if 'kml' in method else 'ProtoNet'} | {' | '.join(shown)} | " in readme
+    alone = {("Multi-ProtoNet", mode): runs[f"42px/{mode}/5shot/multi-protonet"] for mode in ("omniglot", "miniimagenet")}
+    family = {name: runs[f"42px/2mode/5shot/{name.lower()}"] for name in ("ProtoNet", "MProtoNet", "MProtoNet+KML")}
+    modes = family["ProtoNet"]["modes"]
+    family["Multi-ProtoNet"] = tables.joined("Multi-ProtoNet", modes, alone)
+    for name, run_ in family.items():
+        shown = re.search(rf"^\| {re.escape(name)} \| .* \| \d\d\.\d\d ± 0\.4\d \| .*$", readme, re.MULTILINE).group()
+        for protocol in ("paper", "inductive"):
+            for of in (modes, *([mode] for mode in modes)):
+                assert tables.show(tables.score(run_, protocol, of)) in shown, (name, protocol, of)
+    said = " ".join(readme.split())
+    for one, two in (("KML", "ProtoNet"), ("KML", "MProtoNet"), ("MProtoNet", "ProtoNet"), ("KML", "Multi-ProtoNet"), ("ProtoNet", "Multi-ProtoNet")):
+        gain = tables.show(tables.difference(*(family[name.replace("KML", "MProtoNet+KML")] for name in (one, two)), "paper", modes), "+")
+        assert f"{one} - {two} is {gain}" in said, (one, two, gain)
+    halfway = {mode: runs[f"42px/5000/{mode}/5shot/multi-protonet"] for mode in modes}
+    assert tables.show(tables.score(halfway["miniimagenet"], "paper", ["miniimagenet"])) in said
+    for mode, words in (("miniimagenet", "ProtoNet of both modes minus it {}"), ("omniglot", "(after 5,000 iterations {})")):
+        gain = tables.show(tables.difference(family["ProtoNet"], halfway[mode], "paper", [mode]), "+")
+        assert words.format(gain) in said
+    gain = tables.show(tables.difference(family["ProtoNet"], family["Multi-ProtoNet"], "paper", ["omniglot"]), "+")
+    assert f"On Omniglot the two differ by {gain}" in said
 
     def difference(one, two):
         return tables.show(tables.difference(runs[one], runs[two], "paper", runs[one]["modes"]), "+")
     for one, two in (("mmaml+kml", "mmaml"), ("mmaml+kml", "maml"), ("mmaml", "maml")):
         assert f"{one.removeprefix('mmaml+').upper()} - {two.upper()} {difference(*(f'28px/2mode/5shot/{x}' for x in (one, two)))}" in readme
-    assert f"KML - ProtoNet is {difference('42px/2mode/5shot/mprotonet+kml', '42px/2mode/5shot/protonet')}" in readme
     pairs = [re.findall(r"`([^`]*)`", line) for line in re.findall(r"<!-- (.*?) -->", readme)]
     for one, two in pairs:                              # <!-- `run` `other run` -->: what is said next, for each seed
         said = " and ".join(difference(f"residual/seed{seed}/{one}", f"residual/seed{seed}/{two}") for seed in (0, 1))
