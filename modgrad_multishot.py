@@ -26,10 +26,10 @@ out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 
 LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for validation (LEAP).
 What the paper does not give and is chosen here: ModGrad trains through --steps 5 (as LEAP's code does for its MAML), on the
 layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested* for 100 steps.
-Of LEAP's code this keeps the random turns of all images, held-out ones too; it departs in that the outer loss of modgrad,
-maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the last training batch), that classes
-are numbered anew in each task, that BatchNorm comes before max-pooling as in modgrad.py, and that the accuracy is one on
-held-out drawings (in the code `if self.train` asks whether a method exists, so that its test seems to stay on the others).
+Of LEAP's code this keeps the network and the random turns of all images, held-out ones too; it departs in that the outer
+loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the last training
+batch), that classes are numbered anew in each task, and that the accuracy is one on held-out drawings (in the code
+`if self.train` asks whether a method exists, so that its test seems to stay on the others).
 LEAP itself is left out: its 83.3 % in the tables is the paper's.
 
 Read it beside modgrad.py: the same steps, more of them, and two algorithms that do not differentiate through them.
@@ -154,7 +154,7 @@ def get_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------- network
-# Pure functions of a flat dict of tensors: Conv-4 as in modgrad.py, on images of one channel. `norm` is BatchNorm by name.
+# Pure functions of a flat dict of tensors: Conv-4 on images of one channel. `norm` is BatchNorm by name.
 
 class Norm:
     """BatchNorm for one forward pass: with the statistics of the batch x itself, in training and testing, which it keeps in
@@ -186,9 +186,9 @@ def linear(params, name, x):
 
 
 def conv4_block(params, name, x, norm):
-    """Convolution, BatchNorm, 2x2 max-pool, ReLU: x (n, C_in, S, S) -> (n, C, S/2, S/2)."""
-    x = norm(params, name.replace("conv", "norm"), conv(params, name, x))
-    return F.relu(F.max_pool2d(x, 2))                   # as after ReLU, on a quarter of the numbers
+    """Convolution, 2x2 max-pool, BatchNorm, ReLU, in the order of LEAP's code: x (n, C_in, S, S) -> (n, C, S/2, S/2)."""
+    x = F.max_pool2d(conv(params, name, x), 2)
+    return F.relu(norm(params, name.replace("conv", "norm"), x))
 
 
 def head_block(params, name, x, norm):
