@@ -264,9 +264,9 @@ def simulate(pipe, direction):
     """A process of `Cheetah`: keeps some animals; answers (start, goal) with observations, (action,) with observations and,
     in a last column, rewards."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent, which then closes the pipe
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for good: MuJoCo has notes on its model file)
     import gymnasium
     import mujoco
+    mujoco.set_mju_user_warning(lambda text: None)      # or it writes notes on gymnasium's model file to MUJOCO_LOG.TXT
     env, animals, goals = gymnasium.make("HalfCheetah-v5", disable_env_checker=True).unwrapped, [], None
     env.reset(seed=0)
 
