@@ -341,8 +341,10 @@ def read_modgrad(folders):
             scores = [{protocol: {mode: np.array(x[key][m::len(modes)]) for m, mode in enumerate(modes)}
                        for protocol, key in (("paper", "per_task"), ("inductive", "per_task_inductive"))} for x in (run, best) if x]
             budget = MODGRAD_BUDGET | MODGRAD_DEEP.get(args["backbone"], {})
-            done = {k: args.get(k, v) for k, v in budget.items()} | {"episodes": round(run["iterations"] * args["meta_batch"], -3)
-                                                                     or run["iterations"] * args["meta_batch"]}
+            episodes = run["iterations"] * args["meta_batch"]
+            if abs(episodes - budget["episodes"]) < args["meta_batch"]:         # 50,000 are not a multiple of 3
+                episodes = budget["episodes"]
+            done = {k: args.get(k, v) for k, v in budget.items()} | {"episodes": episodes}
             runs.append({
                 "method": run["method"], "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v}, "seed": args["seed"],
                 "alpha": args["alpha"], "modes": modes, "ways": run["ways"], "shots": run["shots"], "file": file,
@@ -372,8 +374,11 @@ def modgrad_block(runs):
                                          label(run)))
     known = modes == ["miniimagenet"] and first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
 
+    def plain(run):                                     # a step size is no other method
+        return label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}}, False)
+
     def published(run):
-        value = MODGRAD.get(label(run, False), (None, None))[shots == 5] if known else None
+        value = MODGRAD.get(plain(run), (None, None))[shots == 5] if known else None
         return f"{value:.2f}" if isinstance(value, float) else show(value)
 
     def best(run, protocol):
@@ -385,7 +390,7 @@ def modgrad_block(runs):
     columns |= {"ModGrad's paper": published} if known else {}
     columns |= {f"{m}, last, paper protocol": lambda run, m=m: show(score(run, "paper", [m])) for m in several}
     columns |= {"parameters": lambda run: f"{run['parameters']:,}", "s an iteration": lambda run: f"{run['seconds']:.2g}"}
-    ours = [run for run in runs if label(run, False) == "ModGrad"]
+    ours = [run for run in runs if plain(run) == "ModGrad"]
     pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
 
     def of_best(pair, protocol):

@@ -3697,6 +3697,20 @@ def test_readme_says_what_the_result_files_say(tmp_path):
     assert len(pairs) >= 4
 
 
+def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
+    readme = (HERE / "README.md").read_text()
+    section = readme[readme.index("### ModGrad and its rivals"):]
+    section = section[:section.index("\nResult files, logs, all tables")]
+    known = (RESULTS / "tables.md").read_text().split("\n")
+    for shots in (1, 5):
+        found = json.loads((RESULTS / "modgrad-28px" / "gradients" / f"{shots}shot" / "gradients.json").read_text())["found"]
+        known += inspect_gradients.noise_table(found).split("\n")
+        known += inspect_gradients.spectrum_table([row for row in found if row["algorithm"] in ("modgrad", "maml")]).split("\n")
+    lines = [line for line in section.split("\n") if line.startswith("|")]
+    assert len(lines) > 40
+    assert not [line for line in lines if line not in known]
+
+
 def test_readme_shows_the_measured_speeds():
     readme, shown = (HERE / "README.md").read_text().split("\n"), 0
     for path in RESULTS.glob("bench-*.json"):
