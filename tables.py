@@ -622,7 +622,7 @@ def rl_curves(runs, about, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     methods = sorted({label(run, False) for run in runs})
     for run in runs:
         style = {"color": f"C{methods.index(label(run, False))}", "alpha": 1.0 if run["seed"] == min(r["seed"] for r in runs) else 0.5}
@@ -642,7 +642,7 @@ def rl_curves(runs, about, file):
     right.set(xlabel="inner updates", ylabel="return on test tasks", xticks=range(len(runs[0]["scores"])))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
     figure.suptitle(f"{runs[0]['env']}\n{about}".strip(), fontsize="medium")
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -653,13 +653,13 @@ def against_shots(runs, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in sorted({label(run) for run in runs}):
         of = sorted((run["shots"], *score(run, "paper", run["modes"])) for run in runs if label(run) == name)
         axis.errorbar(*zip(*((shots, mean) for shots, mean, _ in of)), [half for *_, half in of], marker="o", capsize=2, label=name.replace("`", ""))
     axis.set(xlabel="shots", ylabel="accuracy in %, paper protocol, last parameters", xticks=sorted({run["shots"] for run in runs}))
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     figure.suptitle(f"{' + '.join(runs[0]['modes'])}, {runs[0]['ways']}-way\n{modgrad_budget_text(runs[0]['budget']).replace('**', '')}".strip(),
                     fontsize="medium")
     figure.savefig(file, dpi=110)
