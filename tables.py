@@ -915,7 +915,7 @@ def curves(runs, singles, file):
         axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize="small")
     about = budget_text(runs[0]["budget"], runs[0]["family"]).replace("**", "")
     figure.suptitle(f"{title(runs[0])}\n{about}".strip(), fontsize="medium")
     figure.savefig(file, dpi=110)
