@@ -64,7 +64,7 @@ TABLE, PAPER = "ModGrad's Figure 8", defaultdict(dict, {                    # re
     "MAML": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-100"},
     "CAVIA": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-90"},
     "ModGrad": {"navigation": "-8", "cheetah-dir": "590", "cheetah-vel": "-80"}})
-# (size of the inner step, adapted layers, context by environment): MAML's and CAVIA's are those of CAVIA's code; ModGrad's: see above.
+# (size of the inner step, adapted layers): MAML's and CAVIA's are those of CAVIA's code; ModGrad's: see above.
 DEFAULTS = {"modgrad": (30.0, ["fc1", "fc2"]), "maml": (0.1, ["all"]), "cavia": (1.0, [])}
 CHEETAH_ALPHA = {"cavia": 10.0}                     # where the half-cheetah's step size is another
 HORIZON = {"navigation": 100, "cheetah-dir": 200, "cheetah-vel": 200}
@@ -84,7 +84,7 @@ def get_args(argv=None):
     p.error = fail
     p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="the inner step")
     p.add_argument("--env", default="navigation", choices=HORIZON, help="what the tasks are (see Navigation, Cheetah)")
-    p.add_argument("--rollouts", type=int, default=20, help="R, for an update, and after it (P, C: 20)")
+    p.add_argument("--rollouts", type=int, default=20, help="R, for an update, and after it (P, C: 20; C at test: 40)")
     p.add_argument("--horizon", type=int, help=f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}")
     p.add_argument("--hidden", type=int, default=100, help="units of each of the two layers (P: 100)")
     p.add_argument("--updates", type=int, default=1, help="K, inner updates in training, each with new rollouts (C: 1)")
@@ -94,7 +94,7 @@ def get_args(argv=None):
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
     p.add_argument("--context", type=int, help="length of v (128), of CAVIA's vector (C: 5, and 50 for the half-cheetah)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
-    p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95)")
+    p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
     p.add_argument("--gae-lambda", type=float, default=1.0, help="of the advantages; 1: returns less the baseline (C: 1)")
     p.add_argument("--meta-batch", type=int, default=40, help="T, tasks an iteration (C: 40; MAML's paper: 20)")
     p.add_argument("--iterations", type=int, default=500, help="outer steps (C: 500)")
@@ -140,6 +140,8 @@ def get_args(argv=None):
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "log_std"):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
+    if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
+        fail(f"--algorithm modgrad --adapt {' '.join(args.adapt)}: a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}")
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {args.env}"
     if args.out is None:                                # named by its method and what is not default
@@ -358,9 +360,8 @@ def init_params(args, world):
     params["log_std"] = torch.zeros(world.actions)
     if args.algorithm == "modgrad":
         for k in adapted_keys(args, params):
-            layer, _, part = k.partition(".")
-            sizes = zip(("rows", "cols"), params[k].shape) if part == "weight" else ((part or "vector", len(params[k])),)
-            for factor, n in sizes:
+            layer, part = k.split(".")
+            for factor, n in zip(("rows", "cols"), params[k].shape) if part == "weight" else (("bias", len(params[k])),):
                 default(f"generator.{layer}.{factor}.1", n, args.context)      # phi: Linear, ReLU, Linear
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
     return params
@@ -409,11 +410,11 @@ def modulation(params, v, like):
     """The generator: context v -> M, a factor >= 0 for each entry of the parameters `like`  (Eq. 8, then ReLU)."""
     M = {}
     for k, w in like.items():
-        layer, _, part = k.partition(".")
+        layer, part = k.rsplit(".", 1)
         if part == "weight":
             M[k] = torch.outer(cell(params, f"generator.{layer}.rows", v), cell(params, f"generator.{layer}.cols", v))
         else:
-            M[k] = cell(params, f"generator.{layer}.{part or 'vector'}", v)
+            M[k] = cell(params, f"generator.{layer}.{part}", v)
         M[k] = F.relu(M[k]).view(w.shape)
     return M
 
@@ -447,10 +448,10 @@ def adapt(params, fast, rollouts, args):
     return STEPS[args.algorithm](params, fast, lambda fast: policy_loss(params, fast, rollouts), args, noisy)      # 9-13
 
 
-def adapted_policy(params, before, after, args):
-    """ONE task: the rollouts of each inner step, a tuple, and those after the last -> the adapted policy where it was then:
+def adapted_policy(params, lived, args):
+    """ONE task: the rollouts of each inner step and, last, those after all of them -> the adapted policy where it was then:
     means (R, H, A), log deviations (A,). As a function of params this is what the outer step differentiates (line 16)."""
-    fast = start(params, args)
+    (*before, after), fast = lived, start(params, args)
     for rollouts in before:                                                             # 8
         fast = adapt(params, fast, rollouts, args)
     return forward(params | fast, after.observation, fast.get("context")), (params | fast)["log_std"]
@@ -524,14 +525,12 @@ def live(params, world, args, split, first, count, updates):
     return lived
 
 
-def over_tasks(function, *batch):
-    """A function of one task, which gives a tuple of tensors, for each of T tasks: by vmap, which fills a GPU; on a CPU by a loop,
-    whose pieces stay in its cache."""
-    tensor = batch[-1].reward
-    if tensor.device.type != "cpu":
-        return torch.func.vmap(function)(*batch)
-    pick = torch.utils._pytree.tree_map
-    rows = [function(*pick(lambda x, t=t: x[t], batch)) for t in range(len(tensor))]
+def over_tasks(function, lived):
+    """A function of what one task has lived through, which gives a tuple of tensors, for each of T tasks: by vmap, which fills a GPU;
+    on a CPU by a loop, whose pieces stay in its cache."""
+    if lived[-1].reward.device.type != "cpu":
+        return torch.func.vmap(function)(lived)
+    rows = [function([Rollouts(*(x[t] for x in rollouts)) for rollouts in lived]) for t in range(len(lived[-1].reward))]
     return tuple(torch.stack(column) for column in zip(*rows))
 
 
@@ -566,8 +565,7 @@ def trpo_step(params, lived, args):
         return torch.cat([tensors[k].reshape(-1) for k in names])
 
     def policies_of(lived):
-        *before, after = lived
-        return lambda params: over_tasks(lambda before, after: adapted_policy(params, before, after, args), tuple(before), after)
+        return lambda params: over_tasks(lambda lived: adapted_policy(params, lived, args), lived)
 
     def weight_of(after):       # of each step, in a mean over tasks
         return after.mask / after.mask.sum((1, 2), keepdim=True) / len(after.mask)

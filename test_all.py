@@ -852,6 +852,7 @@ def test_inner_steps_have_one_text():
     for name in ("maml_step", "modgrad_step", "cell", "modulation"):
         assert inspect.getsource(getattr(modgrad, name)) == inspect.getsource(getattr(modgrad_completion, name))
         assert inspect.getsource(getattr(modgrad, name)) == inspect.getsource(getattr(modgrad_multishot, name))
+        assert inspect.getsource(getattr(modgrad, name)) == inspect.getsource(getattr(modgrad_rl, name))
     for name in ("Norm", "linear", "head_block", "group"):
         assert inspect.getsource(getattr(modgrad, name)) == inspect.getsource(getattr(modgrad_multishot, name))
     for name in ("load", "train", "main"):              # these take other samplers and measure other things, and no more
@@ -975,7 +976,7 @@ def test_navigation_by_hand():
     assert end.tolist() == [[False], [True]], "both coordinates have to be near"
 
 
-def test_rollouts_end_at_the_goal(monkeypatch):
+def test_rollouts_end_at_the_goal():
     args, world, params = make_rl("maml")
     params = {k: torch.zeros_like(w) for k, w in params.items()} | {"log_std": torch.full((2,), -20.0), "mean.bias": torch.tensor([0.05, 0.0])}
     fast = {k: w.expand(1, *w.shape) for k, w in modgrad_rl.start(params, args).items()}
@@ -1067,7 +1068,7 @@ def test_outer_gradient_and_curvature_of_trpo(algorithm, monkeypatch):
     def policies(params):
         for t in range(2):
             before, after = (modgrad_rl.Rollouts(*(x[t] for x in rollouts)) for rollouts in lived)
-            mean, log_std = modgrad_rl.adapted_policy(params, (before,), after, args)
+            mean, log_std = modgrad_rl.adapted_policy(params, (before, after), args)
             yield torch.distributions.Normal(mean, log_std.exp()), after
 
     def surrogate(params):
@@ -1122,6 +1123,15 @@ def test_the_context_gradient_in_rl_is_that_after_the_trial_step(monkeypatch):
     assert v.abs().max() > 0
 
 
+@pytest.mark.parametrize("algorithm", modgrad_rl.METHODS)
+def test_the_loop_over_tasks_and_vmap_agree(algorithm):
+    args, world, params = make_rl(algorithm, "--alpha", 0.5)
+    lived, params = [in_double(rollouts) for rollouts in modgrad_rl.live(params, world, args, "train", 0, 3, 1)], in_double(params)
+    loop = modgrad_rl.over_tasks(lambda lived: modgrad_rl.adapted_policy(params, lived, args), lived)
+    for one, two in zip(loop, torch.func.vmap(lambda lived: modgrad_rl.adapted_policy(params, lived, args))(lived)):
+        torch.testing.assert_close(one, two)
+
+
 def test_a_tasks_rollouts_do_not_depend_on_its_batch():
     args, world, params = make_rl("maml")
     many = modgrad_rl.live(params, world, args, "test", 0, 4, 2)
@@ -1158,7 +1168,7 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
     call(modgrad_rl, monkeypatch, "--picture", tmp_path / "paths.png", "--runs", *runs)
     assert Image.open(tmp_path / "paths.png").size == (3 * 224, 4 * 224 + 18)
     fails(capsys, functools.partial(call, modgrad_rl, monkeypatch, "--picture", tmp_path / "x.png", "--runs", tmp_path), "has no checkpoint")
-    for bad, said in (("--algorithm cavia --adapt fc1", "leave --adapt out"), ("--adapt fc9", "choose from"), ("--rollouts 0", "from 1 on"),
+    for bad, said in (("--algorithm cavia --adapt fc1", "leave --adapt out"), ("--adapt fc9", "choose from"), ("--adapt all", "a cell is for"), ("--rollouts 0", "from 1 on"),
                       ("--picture x.png", "belong together"), ("--fisher-fraction 0", "from 1e-06 on")):
         fails(capsys, functools.partial(modgrad_rl.get_args, bad.split()), said)
     shutil.rmtree(tmp_path / "part")
@@ -3713,6 +3723,9 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
     lines = [line for line in section.split("\n") if line.startswith("|")]
     assert len(lines) > 50
     assert not [line for line in lines if line not in known]
+    said = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", " ".join(line for line in section.split("\n") if not line.startswith("|")))
+    assert len(said) >= 6
+    assert not [number for number in said if number not in "\n".join(lines)], "what the text says stands in its tables"
 
 
 def test_readme_shows_the_measured_speeds():
