@@ -107,6 +107,8 @@ def get_args(argv=None):
     p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--head", default="modulated", choices=("modulated", "plain"), help="what Eq. 5's head adapts to")
+    p.add_argument("--embed", default="support", choices=("support", "constant"), help="w is of the support set (P), or one "
+                   "learned vector for all subtasks: a control the paper does not have")
     p.add_argument("--attention-blocks", type=int, default=2, help="blocks of query, key and value")
     p.add_argument("--attention-width", type=int, default=16, help="of each block")
     p.add_argument("--kl-weight", type=float, default=1.0, help="of P-AM's KL (P: 1)")
@@ -169,6 +171,8 @@ def get_args(argv=None):
     if args.attention_report and args.modulation == "none":
         fail("--attention-report is about attention modules: give --modulation am or pam")
     args.synthetic |= cast                                  # in no case real images
+    if args.embed == "constant" and args.modulation == "none":
+        fail("--embed constant is about attention modules: give --modulation am or pam")
     args.method = METHODS[args.algorithm, args.modulation]
     args.strata = args.modes if alone and not cast else args.tasks          # what results are told apart by
     args.title = f"{args.method} {data_name(args)}" + f": {'+'.join(args.tasks)}" * (not alone)
@@ -267,6 +271,8 @@ def attention(params, kind, x, y, args):
     """h_Psi: embeddings (n, C, s, s) and labels of n samples, in any order -> w (1, B, C); P-AM: mean, log deviation (2, B, C).
 
     Blocks of dot-product attention (Vaswani et al., 2017) among the samples, one fed to the next as in a perceptron."""
+    if args.embed == "constant":                        # blind to the subtask
+        return params[f"attention.{kind}.out.bias"].view(-1, 4, args.filters)
     tokens = torch.cat([x.mean((2, 3)), label_vectors(params, kind, y, args)], 1)               # (n, C + label's)
     for i in range(1, args.attention_blocks + 1):
         q, k, v = (linear(params, f"attention.{kind}.block{i}.{part}", tokens) for part in ("query", "key", "value"))
@@ -311,6 +317,11 @@ def init_params(args):
             default(rng, f"head.{kind}", outputs, inputs)
         if args.modulation == "none":
             continue
+        maps = 4 * args.filters
+        bias = [torch.zeros(maps)] + [torch.full((maps,), math.log(0.1))] * (args.modulation == "pam")
+        params[f"attention.{kind}.out.bias"] = torch.cat(bias)
+        if args.embed == "constant":
+            continue
         for i in (1, 2, 3) if kind in DECODER else ():
             kernel(rng, f"attention.{kind}.label{i}", LABEL_FILTERS, LABEL_FILTERS if i > 1 else channels, 3, 3)
         width = args.filters + {"classification": args.ways, "vanishing": 2}.get(kind, LABEL_FILTERS)
@@ -318,10 +329,7 @@ def init_params(args):
             for part in ("query", "key", "value"):
                 default(rng, f"attention.{kind}.block{i}.{part}", args.attention_width, width)
             width = args.attention_width
-        maps = 4 * args.filters
-        bias = [torch.zeros(maps)] + [torch.full((maps,), math.log(0.1))] * (args.modulation == "pam")
         params[f"attention.{kind}.out.weight"] = torch.zeros(len(bias) * maps, width)
-        params[f"attention.{kind}.out.bias"] = torch.cat(bias)
     # Channels last is how convolutions like their kernels best.
     return {k: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for k, w in params.items()}
 

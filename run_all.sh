@@ -153,6 +153,7 @@ for shots in 1 5; do
     cell "$at/maml" "" afr.py "$to" --algorithm maml
     cell "$at/anil" "" afr.py "$to" --modulation none
     cell "$at/am" "" afr.py "$to" --modulation am
+    cell "$at/am-constant" "" afr.py "$to" --modulation am --embed constant
     cell "$at/p-am" "" afr.py "$to" --modulation pam
 done
 

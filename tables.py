@@ -723,7 +723,7 @@ def read_afr(folders):
                 continue
             args, strata = run["args"], run["strata"]
             usual = {"steps": 5, "lr": 1e-3, "attention_lr": 1e-3, "lr_halve_every": 0, "inner_clip": 20.0, "first_order": False, "head": "modulated",
-                     "attention_blocks": 2, "attention_width": 16, "kl_weight": 1.0,
+                     "embed": "support", "attention_blocks": 2, "attention_width": 16, "kl_weight": 1.0,
                      "alpha": [0.01 if args["algorithm"] == "maml" else afr.ALPHA[kind] for kind in args["tasks"]],
                      "loss_weights": [afr.LOSS_WEIGHTS[kind] for kind in args["tasks"]]}
             flags = {k: " ".join(map(str, args[k])) if isinstance(args[k], list) else args[k] for k, v in usual.items() if args.get(k, v) != v}
@@ -785,8 +785,10 @@ def afr_classification(runs):
                 columns[f"paper, mini-Places, {what}"] = lambda run, i=i: "-" if run["options"] else AFR_TRANSFER[run["method"]][i]
     columns |= {"parameters": lambda run: f"{run['parameters']:,}", "s an iteration": lambda run: f"{run['seconds']:.2g}"}
     plain = {(run["method"], run["filters"], run["seed"]): run for run in runs if not run["options"]}
+    plain |= {(f"{run['method']}, constant", run["filters"], run["seed"]): run for run in runs if run["options"] == {"embed": "constant"}}
     pairs = [(plain.get((one, *rest)), plain.get((two, *rest))) for rest in dict.fromkeys(key[1:] for key in plain)
-             for one, two in (("ANIL", "MAML"), ("AM", "MAML"), ("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM"))]
+             for one, two in (("ANIL", "MAML"), ("AM", "MAML"), ("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM"),
+                             ("AM, constant", "ANIL"), ("AM", "AM, constant"))]
     pairs = [both for both in pairs if None not in both]
     counts = " or ".join(f"{n:,}" for n in sorted({run["test_tasks"] for run in runs}))
     return (f"### {' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot\n\n{afr_about(first)} {counts} test tasks; accuracy in %, 95 % "

@@ -1295,6 +1295,17 @@ def test_attention_does_not_see_the_order_of_the_support_samples(kind):
         assert not torch.allclose(afr.attention(params, kind, *other, args), one, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["AM", "P-AM"])
+def test_a_constant_w_is_blind_to_the_subtask_and_still_trained(method):
+    args, params = make_afr(method, "--embed", "constant")
+    tasks = [make_afr_task("classification", seed=seed) for seed in (0, 1)]
+    one, two = (afr.attention(params, "classification", afr.embed(params, task.support_x, afr.Norm()), task.support_y, args) for task in tasks)
+    assert torch.equal(one, two) and one.shape == (1 + (method == "P-AM"), 4, 4)
+    afr.task_loss(params, tasks[0], args, "classification", epsilon_of(args))[0].backward()
+    assert params["attention.classification.out.bias"].grad.abs().min() > 0
+    assert [k for k in params if k.startswith("attention.")] == ["attention.classification.out.bias"], "nothing that could not be trained"
+
+
 def test_attention_by_hand():
     args, params = make_afr("AM", "--attention-blocks", 1, "--attention-width", 2)
     x, y = torch.rand(6, 4, 1, 1).double(), make_task().support_y
@@ -1447,7 +1458,7 @@ def test_an_afr_run_from_start_to_end_and_its_continuation(method, tmp_path, cac
 @pytest.mark.parametrize("words, said", [
     ("--algorithm maml --modulation am", "leave one of them out"), ("--tasks flow", "invalid choice"), ("--alpha 0.1 0.2", "for each of --tasks classification"),
     ("--alpha -1", "--alpha -1"), ("--loss-weights nan", "--loss-weights nan"), ("--tasks classification classification", "twice"), ("--image-size 15", "--image-size 15"),
-    ("--test-tasks 1", "--test-tasks 1"), ("--filters 0", "--filters 0")])
+    ("--test-tasks 1", "--test-tasks 1"), ("--filters 0", "--filters 0"), ("--modulation none --embed constant", "give --modulation am or pam")])
 def test_afr_bad_arguments(capsys, words, said):
     fails(capsys, lambda: afr.get_args(words.split()), said)
 
@@ -3220,6 +3231,7 @@ def test_tables_of_attentive_feature_reuse_are_exactly_as_expected(tmp_path):
                     measured_as([30, 40], [30, 38], [31, 41], [31, 39]))
     make_afr_result(tmp_path / "b", words, measured_as([44, 52], [44, 50], [43, 53], [43, 51]), measured_as([30, 42], [30, 40], [31, 43], [31, 41]))
     make_afr_result(tmp_path / "c", [*words, "--alpha", 0.5], measured_as([10, 20], [10, 20], [10, 20], [10, 20]), measured_as([1, 2], [1, 2], [1, 2], [1, 2]))
+    make_afr_result(tmp_path / "d", [*words, "--embed", "constant"], measured_as([44, 51], [44, 51], [44, 51], [44, 51]), measured_as([5, 6], [5, 6], [5, 6], [5, 6]))
     done = here("tables.py", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert """\
@@ -3234,10 +3246,12 @@ def test_tables_of_attentive_feature_reuse_are_exactly_as_expected(tmp_path):
 | MAML | 45.00 ± 9.80 / 44.00 ± 7.84 | 48.7 | 46.00 ± 9.80 / 45.00 ± 7.84 | 49.1 | 35.00 ± 9.80 / 34.00 ± 7.84 | 31.2 | 36.00 ± 9.80 / 35.00 ± 7.84 | 33.8 | 1,100 | 0.5 |
 | AM | 48.00 ± 7.84 / 47.00 ± 5.88 | 51.1 | 48.00 ± 9.80 / 47.00 ± 7.84 | 52.3 | 36.00 ± 11.76 / 35.00 ± 9.80 | 33.5 | 37.00 ± 11.76 / 36.00 ± 9.80 | 34.3 | 1,100 | 0.5 |
 | AM, `--alpha 0.5` | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 15.00 ± 9.80 / 15.00 ± 9.80 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1.50 ± 0.98 / 1.50 ± 0.98 | - | 1,100 | 0.5 |
+| AM, `--embed constant` | 47.50 ± 6.86 / 47.50 ± 6.86 | - | 47.50 ± 6.86 / 47.50 ± 6.86 | - | 5.50 ± 0.98 / 5.50 ± 0.98 | - | 5.50 ± 0.98 / 5.50 ± 0.98 | - | 1,100 | 0.5 |
 
 | difference, task by task | cross-entropy | NIL | transfer to fc100, cross-entropy | transfer to fc100, NIL |
 | --- | --- | --- | --- | --- |
 | AM - MAML | +3.00 ± 1.96 / +3.00 ± 1.96 | +2.00 ± 0.00 / +2.00 ± 0.00 | +1.00 ± 1.96 / +1.00 ± 1.96 | +1.00 ± 1.96 / +1.00 ± 1.96 |
+| AM - AM, `--embed constant` | +0.50 ± 0.98 / -0.50 ± 0.98 | +0.50 ± 2.94 / -0.50 ± 0.98 | +30.50 ± 10.78 / +29.50 ± 8.82 | +31.50 ± 10.78 / +30.50 ± 8.82 |
 """ in done.stdout
 
 
@@ -3413,22 +3427,23 @@ def check_afr_cells(found):
         args, (_, part, where, name) = afr.get_args(words[2:]), cell.split("/")
         assert args.iterations * args.meta_batch == 240000
         if part == "table2":
-            assert (where, name, args.modes, args.transfer, args.filters) == (f"{args.shots}shot", args.method.lower(), ["miniimagenet"], ["fc100"], 32)
-            seen.add((part, args.shots, args.method))
+            assert (where, args.modes, args.transfer, args.filters) == (f"{args.shots}shot", ["miniimagenet"], ["fc100"], 32)
+            assert name == args.method.lower() + "-constant" * (args.embed == "constant")
+            seen.add((part, args.shots, name))
         else:
             assert (args.modes, args.shots, args.synthetic, where) == (["scenes"], 5, True, f"{args.filters}filters")
             assert name == f"{args.tasks[0] if len(args.tasks) == 1 else 'multi'}-{args.modulation}"
             seen.add((part, args.filters, args.method, len(args.tasks), args.tasks[0]))
-    assert seen == {*(("table2", shots, method) for shots in (1, 5) for method in AFR),
+    assert seen == {*(("table2", shots, method) for shots in (1, 5) for method in ("maml", "anil", "am", "am-constant", "p-am")),
                     *(("table1", filters, method, 1, task) for filters in (32, 64) for method in ("ANIL", "AM") for task in data.KINDS),
                     *(("table1", filters, method, 4, "classification") for filters in (32, 64) for method in ("ANIL", "AM"))}
-    assert len(found) == len(seen) == 28
+    assert len(found) == len(seen) == 30
 
 
 def test_run_all_lists_every_cell():
     lines = run_all("--dry-run").stdout.splitlines()
     cells = [line.split("--out runs/")[1].split("  ")[0] for line in lines]
-    assert len(set(cells)) == len(cells) == 175 + 28
+    assert len(set(cells)) == len(cells) == 175 + 30
     check_afr_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("afr/")])
     check_modgrad_cells([(line, cell) for line, cell in zip(lines, cells)
                          if cell.startswith("modgrad/") and cell.split("/")[1] not in ("table3", "figure5", "figure8")])
