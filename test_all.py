@@ -2093,6 +2093,8 @@ def test_self_transference_and_the_step_that_is_chosen():
     assert (small < 1).all(), "a small step lowers the loss it is made for"
     alpha = transference.choose_alpha(state, batch, "all")
     assert math.isclose(np.median(transference.self_transference(state, batch, [alpha], "all")), 0.95, abs_tol=0.01)
+    smaller = transference.self_transference(state, batch, [alpha / 2 ** (k / 8) for k in range(1, 60)], "all")
+    assert np.median(smaller, 0).min() > 0.95, "it is the smallest"
 
 
 def test_labels_of_the_target_do_not_reach_the_source_step():
