@@ -2177,6 +2177,8 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
     assert np.array(row["LR"]).shape == (4, 3)
     assert f"| {row['state']} | 0.001 | {transference.cell(row['all']['positive'])} |" in done.stdout
     assert f"| {transference.cell(row['all']['below_one'])} | {transference.cell(row['all']['mean'], 4)} |" in done.stdout
+    tables = transference.other_tables(found["found"], 4)
+    assert len(tables) == 3 and all(table in done.stdout for table in tables), "the file holds what is printed: sweep, two matrices"
     assert set(row["matrix"]["cells"]) == set(row["matrix"]["cells"]["fc100"]) == {"miniimagenet", "fc100"}
     assert [x["iteration"] for x in found["along"]["MProtoNet+KML"]] == [3, 6]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"transference-{x}.png" for x in ("histogram", "tasks", "training")}

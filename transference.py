@@ -326,6 +326,39 @@ def cell(numbers, digits=1, sign=""):
     return "{:{s}.{d}f} ({:{s}.{d}f} to {:{s}.{d}f})".format(*numbers, d=digits, s=sign) if numbers else "-"
 
 
+SHARES = ("positive", "negative", "neutral", "below_one")
+HEAD = ("| state | alpha | positive, % | negative, % | neutral, % | LR < 1, % | mean LR | median LR | self-transference |", "|" + " --- |" * 9)
+
+
+def shares_row(row):
+    """Of the table of a state's shares, as `main` makes `row` -> a line of Markdown."""
+    numbers = [cell(row["all"][k]) for k in SHARES] + [cell(row["all"]["mean"], 4), f"{row['all']['median'][0]:.4f}"]
+    return f"| {row['state']} | {row['alpha']:.3g} | {' | '.join(numbers)} | {row['self']['median']:.4f} |"
+
+
+def other_tables(found, few):
+    """Differences between states, --sweep (of `few` source tasks) and --matrix -> list of Markdown, those that there are."""
+    tables = []
+    lines = [f"| {row['state']} - {other} | {' | '.join(cell(numbers[k], 4 if k == 'mean' else 1, '+') for k in COMPARED)} |"
+             for row in found for other, numbers in row.get("minus", {}).items()]
+    if lines:
+        tables.append(["Differences, on the same source and target tasks", "", "| states | positive, % | negative, % | LR < 1, % | mean LR |",
+                       "|" + " --- |" * 5, *lines])
+    lines = [f"| {row['state']} | {factor} | {' | '.join(cell(numbers[k]) for k in SHARES)} |"
+             for row in found for factor, numbers in row.get("sweep", {}).items()]
+    if lines:
+        tables.append([f"The same at other step sizes, {few} source tasks", "",
+                       "| state | times alpha | positive, % | negative, % | neutral, % | LR < 1, % |", "|" + " --- |" * 6, *lines])
+    for row in found:
+        if "matrix" in row:
+            modes = list(row["matrix"]["cells"])
+            tables.append([f"{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of LR < 1 in %; mean LR", "",
+                           f"| from \\ to | {' | '.join(modes)} |", "|" + " --- |" * (len(modes) + 1)])
+            for source, to in row["matrix"]["cells"].items():
+                tables[-1].append(f"| {source} | {' | '.join(cell(x['below_one']) + '; ' + cell(x['mean'], 4) for x in to.values())} |")
+    return ["\n".join(lines) for lines in tables]
+
+
 # ------------------------------------------------------------------------------------------------------ figures
 def names(episodes, number):
     """Of the classes of a task."""
@@ -415,8 +448,7 @@ def main():
     except OSError as error:
         fail(f"--out {out}: {error.strerror}; give another folder")
     print(f"transference, {setting}, step on {args.update} parameters\n")
-    print("| state | alpha | positive, % | negative, % | neutral, % | LR < 1, % | mean LR | median LR | self-transference |")
-    print("|" + " --- |" * 9)
+    print("\n".join(HEAD))
     for moment, state in runs:
         alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update)
         ratios, gains = measure(state, sources, targets, alpha, args.update)
@@ -424,38 +456,19 @@ def main():
         row = {"state": state.name, "moment": moment, "alpha": alpha, "all": describe(ratios, gains),
                "self": {"median": float(np.median(own)), "LR": own.round(6).tolist()},
                "LR": ratios.round(6).tolist(), "gain": gains.round(4).tolist()}
-        print(f"| {state.name} | {alpha:.3g} | "
-              f"{' | '.join(cell(row['all'][k]) for k in ('positive', 'negative', 'neutral', 'below_one'))} | "
-              f"{cell(row['all']['mean'], 4)} | {row['all']['median'][0]:.4f} | {row['self']['median']:.4f} |", flush=True)
+        print(shares_row(row), flush=True)
         found.append(row)
         measured.append((ratios, gains))
         save(args, options, found, {})                      # what is measured is kept, whatever comes
         if args.sweep:
             few = Task(*(x[:ALONG_SOURCES] for x in sources))
-            row["sweep"] = {factor: describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
+            row["sweep"] = {str(factor): describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
         if args.matrix is not None:
             row["matrix"] = matrix(args, state)
-    pairs = [(i, j) for j, two in enumerate(found) for i, one in enumerate(found) if i > j and one["moment"] == two["moment"]]
-    if pairs:
-        print("\nDifferences, on the same source and target tasks\n\n| states | positive, % | negative, % | LR < 1, % | mean LR |\n|" + " --- |" * 5)
-    for i, j in pairs:
+    for i, j in ((i, j) for j, two in enumerate(found) for i, one in enumerate(found) if i > j and one["moment"] == two["moment"]):
         one, two = found[i], found[j]
-        one.setdefault("minus", {})[two["state"]] = numbers = compare((*measured[i], one["all"]), (*measured[j], two["all"]))
-        print(f"| {one['state']} - {two['state']} | {' | '.join(cell(numbers[k], 4 if k == 'mean' else 1, '+') for k in COMPARED)} |")
-    if args.sweep:
-        print(f"\nThe same at other step sizes, {min(ALONG_SOURCES, args.source_tasks)} source tasks\n\n| state | times alpha | positive, % | "
-              "negative, % | neutral, % | LR < 1, % |\n| --- | --- | --- | --- | --- | --- |")
-        for row in found:
-            for factor, numbers in row["sweep"].items():
-                print(f"| {row['state']} | {factor} | "
-                      f"{' | '.join(cell(numbers[k]) for k in ('positive', 'negative', 'neutral', 'below_one'))} |")
-    for row in found if args.matrix is not None else ():
-        modes = list(row["matrix"]["cells"])
-        print(f"\n{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of LR < 1 in %; mean LR\n\n| from \\ to | "
-              f"{' | '.join(modes)} |\n|{' --- |' * (len(modes) + 1)}")
-        for source, to in row["matrix"]["cells"].items():
-            pairs = [f"{cell(x['below_one'])}; {cell(x['mean'], 4)}" for x in to.values()]
-            print(f"| {source} | {' | '.join(pairs)} |")
+        one.setdefault("minus", {})[two["state"]] = compare((*measured[i], one["all"]), (*measured[j], two["all"]))
+    print("\n" + "\n\n".join(other_tables(found, min(ALONG_SOURCES, args.source_tasks))))
     along = trajectories(args, runs, sources, targets) if args.along else {}
     save(args, options, found, along)
     if figures:
