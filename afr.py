@@ -30,18 +30,21 @@ Where the paper is read in a way of ours:
 - w starts at 0. The paper multiplies by 1 - w and starts "w" at ones, with which nothing would pass; it then says that
   f(I, 1) is f(I). So its ones are the effective weights, 1 - w. The last layer of h starts at zero, hence w does.
 - KL[q || p], not the printed KL[p || q], and it is minimised with the expected loss: this is the bound (Garnelo et al.,
-  2018, which the paper follows). As the loss is a mean over the queries, the KL of their set is divided by their number.
+  2018, which the paper follows). As the loss is a mean over the queries, the KL of their set is divided by their number. A
+  loss weight, which of squared errors says how certain a label is, does not weigh the KL.
 - The head of Eq. 5 is adapted through the network with w, as it will be at test; --head plain takes Eq. 4's.
-- Where subtasks differ in domain only, heads learn without an inner loop, and adapt at test (Fig. 4b, 4c). A batch of
-  these is one domain too, so that BatchNorm and w see in training what they see at test.
+- Where subtasks differ in domain only, heads learn without an inner loop, and adapt at test (Fig. 4b, 4c); --algorithm maml
+  differs from anil there at test alone. A batch of these is one domain too, so that BatchNorm and w see in training what they
+  see at test; its support images are for w, the loss is that of the query images.
 - Within 1e-3 of the label: labels are scaled to [0, 1] (depth by 10 m), or this would mean nothing.
 What it does not give (its appendix is not public), and why ours:
-- alpha 0.01 as in MAML; 0.1 where the head alone moves, as ANIL's few parameters bear it; for regressions what a short trial on
-  validation domains bore (small for the vanishing point, whose linear head has slopes for every place);
-- 5 steps, 84 pixels, 4 subtasks of each task an iteration, 60,000 iterations: MAML's. Adam, 1e-3: the usual;
+- alpha 0.01 as in MAML; 0.1 where the head alone moves, as ANIL's few parameters bear it; for regressions chosen by hand, not
+  tuned (small for the vanishing point, whose linear head has slopes for every place);
+- 5 steps, 84 pixels, 4 subtasks of each task an iteration, 60,000 iterations: what MAML trains 1-shot tasks with (it tests with 10
+  steps). Inner gradients' entries within +-20, as in the other scripts. Adam, 1e-3: the usual;
 - loss weights 1 and, for squared errors of labels in [0, 1], 10: this brings all to the same order;
-- attention of 2 blocks of width 16, on embeddings averaged over places: so a module adds 14 % (C = 32) or 7 % (C = 64) of the
-  parameters, the paper's "1.1x"; on flattened embeddings it would outgrow the network;
+- attention of 2 blocks of width 16, on embeddings averaged over places: so a module of AM adds 14 % (C = 32) or 7 % (C = 64)
+  of the parameters in classification, the paper's "1.1x"; on flattened embeddings, with C = 32, it would outgrow the network;
 - P-AM starts with a deviation of 0.1, small beside the weights' 1, and predicts with the mean of p: one pass, no noise;
 - leaky ReLUs in decoders and in the CNN for label images, whose few filters could all die; no BatchNorm there.
 Left out: BMAML, EMAML and the other rows of Table 2 that are of other papers; the MMT data, never released.
@@ -173,6 +176,10 @@ def get_args(argv=None):
     args.synthetic |= cast                                  # in no case real images
     if args.embed == "constant" and args.modulation == "none":
         fail("--embed constant is about attention modules: give --modulation am or pam")
+    unused = ["head", "attention_blocks", "attention_width", "attention_lr", "kl_weight"] if args.modulation == "none" else [
+        *["attention_blocks", "attention_width"] * (args.embed == "constant"), *["kl_weight"] * (args.modulation == "am")]
+    for key in unused:                                  # what a method does not use does not make it another run
+        setattr(args, key, defaults[key])
     args.method = METHODS[args.algorithm, args.modulation]
     args.strata = args.modes if alone and not cast else args.tasks          # what results are told apart by
     args.title = f"{args.method} {data_name(args)}" + f": {'+'.join(args.tasks)}" * (not alone)
@@ -276,7 +283,8 @@ def attention(params, kind, x, y, args):
     tokens = torch.cat([x.mean((2, 3)), label_vectors(params, kind, y, args)], 1)               # (n, C + label's)
     for i in range(1, args.attention_blocks + 1):
         q, k, v = (linear(params, f"attention.{kind}.block{i}.{part}", tokens) for part in ("query", "key", "value"))
-        tokens = F.relu((q @ k.T / math.sqrt(k.shape[1])).softmax(1) @ v)                       # (n, width)
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = F.relu((q @ k.T / math.sqrt(k.shape[1])).softmax(1) @ v)                   # (n, width)
     return linear(params, f"attention.{kind}.out", tokens.mean(0)).view(-1, 4, args.filters)
 
 
@@ -353,8 +361,9 @@ def gaussian_kl(q, p):
 def adapt(params, task, args, kind, w=None):
     """theta' <- theta - alpha * gradient(theta) on the support set (Eq. 2); with --algorithm maml Phi as well (Eq. 1).
 
-    -> all parameters, adapted; and the support embeddings f(I, 1 - w) by those that were given."""
-    x, deep, alpha = embed(params, task.support_x, Norm(), w), args.algorithm == "maml", args.alpha[args.tasks.index(kind)]
+    -> all parameters, adapted; and, where the backbone does not move, the support embeddings f(I, 1 - w), else None."""
+    deep, alpha = args.algorithm == "maml", args.alpha[args.tasks.index(kind)]
+    x = None if deep else embed(params, task.support_x, Norm(), w)
     fast = {k: v for k, v in params.items() if k.startswith(f"head.{kind}.") or deep and not k.startswith("head.")}
 
     def support_loss(fast):
@@ -374,25 +383,24 @@ def task_loss(params, task, args, kind, epsilon=None):
     Returns the loss, whose gradient trains everything: Phi and theta by the pass without w, Psi by that with w; and the
     query outputs. Subtasks that differ in domain alone have no inner loop here (Fig. 4b)."""
     def inner(params, w=None):
-        if kind == "classification":
-            return adapt(params, task, args, kind, w)
-        return params, embed(params, task.support_x, Norm(), w)
+        return adapt(params, task, args, kind, w) if kind == "classification" else (params, None)
     adapted, x = inner(params)                                                                  # theta'; x = f(I)
     query = embed(adapted, task.query_x, Norm())
     outputs = predict(adapted, kind, query, args)
-    loss = criterion(kind, outputs, task.query_y)                                               # Eq. 3, 4: of Phi and theta
+    loss, kl = criterion(kind, outputs, task.query_y), 0.0                                      # Eq. 3, 4: of Phi and theta
     if args.modulation != "none":
         fixed = {k: v if k.startswith("attention.") else v.detach() for k, v in params.items()}
-        prior = attention(params, kind, x.detach(), task.support_y, args)                       # w = h(x, y), or p(z)
+        x = embed(fixed, task.support_x, Norm()) if x is None else x.detach()
+        prior = attention(params, kind, x, task.support_y, args)                                # w = h(x, y), or p(z)
         w = prior[0]
         if args.modulation == "pam":
             posterior = attention(params, kind, query.detach(), task.query_y, args)             # q(z)
             w = posterior[0] + posterior[1].exp() * epsilon
-            loss = loss + args.kl_weight * gaussian_kl(posterior, prior) / len(query)
+            kl = args.kl_weight * gaussian_kl(posterior, prior) / len(query)
         adapted, _ = inner(fixed, w if args.head == "modulated" else None)
         outputs = predict(adapted, kind, embed(adapted, task.query_x, Norm(), w), args)         # of x-bar = f(I, 1 - w)
         loss = loss + criterion(kind, outputs, task.query_y)                                    # Eq. 5: of Psi
-    return args.loss_weights[args.tasks.index(kind)] * loss, outputs
+    return args.loss_weights[args.tasks.index(kind)] * loss + kl, outputs
 
 
 def test_outputs(params, task, args, kind, w=None):
@@ -420,7 +428,8 @@ def nil(x, query, y, args):
     """No inner loop, no head (Raghu et al., ICLR 2020): a class's score is the mean cosine of a query with its support images."""
     x, query = (F.normalize(e.flatten(1), dim=1) for e in (x, query))
     members = (y[:, None] == torch.arange(args.ways, device=y.device)).to(x.dtype)
-    return query @ x.T @ members / members.sum(0)                                               # (N*Q, N)
+    with torch.autocast(x.device.type, enabled=False):
+        return query @ x.T @ members / members.sum(0)                                           # (N*Q, N)
 
 
 def measures(kind, outputs, y):
@@ -433,10 +442,10 @@ def measures(kind, outputs, y):
     return within + [1000 * criterion(kind, x, y) for x in outputs] * (len(outputs) > 1)
 
 
-def measured(rows, args):
+def measured(rows, args, episodes):
     """Measures of tasks, a row for each of KEYS -> what log and result files hold of them. Of unlike high-level tasks there is no
     overall."""
-    found = [summary(row, args.strata) for row in rows]
+    found = [summary(row, args.strata, episodes.domains) for row in rows]
     return dict(zip(KEYS, [{k: v for k, v in row.items() if k != "overall" or len(args.tasks) == 1} for row in found]))
 
 
@@ -449,7 +458,7 @@ def transfer(params, args):
         other = argparse.Namespace(**vars(args) | only)
         test = MetaTasks(other, "test")
         rows = evaluate(params, test, args.test_tasks, other)
-        found[mode] = {"data": test.folders, "tasks_sha256": test.sha256(args.test_tasks), **measured(rows, other),
+        found[mode] = {"data": test.folders, "tasks_sha256": test.sha256(args.test_tasks), **measured(rows, other, test),
                        **dict(zip(PER_TASK, rows.tolist()))}
     return found
 
@@ -458,7 +467,7 @@ def draws(number, args):
     """P-AM's epsilon (T, J, B, C) for iteration `number`: from seed and number, so that a run continued is the same run."""
     if args.modulation != "pam":
         return None
-    rng = torch.Generator().manual_seed(1_000_003 * args.seed + number)
+    rng = torch.Generator().manual_seed(1_000_003 * args.seed + 100 + number)       # up to 4 are those of heads: see init_params
     return torch.randn(args.meta_batch, len(args.tasks), 4, args.filters, generator=rng).to(args.device)
 
 
@@ -479,6 +488,13 @@ def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02
     return w.detach()
 
 
+def relative(w):
+    """w (B, C) of the same network in which the maps of all blocks but the last are kept, in the mean, as they are: BatchNorm
+    cancels a factor that all maps of a block have in common (see `embed`)."""
+    kept = 1 - w[:-1]
+    return torch.cat([1 - kept / kept.mean(1, keepdim=True), w[-1:]])
+
+
 def attention_report(params, test, args):
     """Figure 3, of each of --tasks: w of many test subtasks; and, of the first --report-tasks, how far w points where channel
     weights go that are trained on all data of the subtask: cosine, and share of equal signs. As what w would have without
@@ -496,14 +512,14 @@ def attention_report(params, test, args):
             for j in range(args.report_tasks):
                 task = Task(*(x[0] for x in sampler.tasks(j, 1)))
                 best.append(best_weights(params, task, *sampler.everything(j), args, kind))
-                pairs = [(mine, best[j]) for mine in (w[j], w[j + 1])]
+                pairs = [(relative(mine), relative(best[j])) for mine in (w[j], w[j + 1])]
                 rows.append(torch.stack([x for one, two in pairs for x in (
                     F.cosine_similarity(one, two, 1), (one.sign() == two.sign()).float().mean(1))], 1))
                 bar.update()
             rows = torch.stack(rows).double().cpu().numpy()                 # (tasks, B, 4)
             names = ("cosine", "same_sign", "cosine_next", "same_sign_next")
             found[kind] = {"w": torch.stack(w).tolist(), "best": torch.stack(best).tolist(), **{name: {
-                f"block{l + 1}": summary(rows[:, l, i], [kind])["overall"] for l in range(4)} for i, name in enumerate(names)}}
+                f"block{l + 1}": summary(rows[:, l, i], [kind], {})["overall"] for l in range(4)} for i, name in enumerate(names)}}
             spread = torch.stack(w)
             print(f"\n{args.title}, {kind}: w of {len(w)} test subtasks; {args.report_tasks} beside weights trained on all data\n"
                   f"{'block':8}{'w: mean, size, of which by subtask':38}{'cosine':18}{'next one':18}{'same sign':18}next one")
@@ -592,10 +608,16 @@ def evaluate(params, episodes, count, args):
     return torch.cat(rows).T.double().cpu().numpy().round(4)
 
 
-def summary(per_task, modes):
-    """Accuracies of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}, in %. Modes are
-    strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M."""
-    strata = [per_task[m::len(modes)] for m in range(len(modes))]
+def units(scores, domains):
+    """Scores of tasks -> what an interval is over: these; or, where they take turns in a few domains, the means of each one's, as
+    tasks of one domain share images."""
+    return np.array([scores[d::domains].mean() for d in range(min(domains, len(scores)))]) if domains > 1 else scores
+
+
+def summary(per_task, modes, domains):
+    """Measures of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}. Modes are strata: overall is the
+    mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M. domains: {mode: how many}, see `units`."""
+    strata = [units(per_task[m::len(modes)], domains.get(mode, 0)) for m, mode in enumerate(modes)]
     means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
     rows = [("overall", np.mean(means), sum(variances) / len(modes) ** 2), *zip(modes, means, variances)]
     return {name: {"mean": round(float(x), 4), "ci95": round(1.96 * math.sqrt(v), 4)} for name, x, v in rows}
@@ -670,7 +692,7 @@ def train(params, args, checkpoint, stop):
                         "gradient_norm": norms, "seconds": before + seconds, "synthetic": args.synthetic}
                 if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
                     rows = evaluate(params, validation, args.val_tasks, args)
-                    line["validation"] = measured(rows, args)
+                    line["validation"] = measured(rows, args, validation)
                     begun = time.perf_counter() - seconds       # seconds count training alone
                 lines.append(json.dumps(line))
                 atomic_write(log, "\n".join(lines) + "\n")
@@ -691,6 +713,7 @@ def train(params, args, checkpoint, stop):
 def report(result, args):
     """Print what was measured, under which protocols, with intervals, beside the paper's numbers."""
     known = args.modes == ["miniimagenet"] and args.ways == 5 and args.shots in (1, 5) and not args.synthetic
+    known = known and args.embed == "support" and not args.first_order
     paper = PAPER[result["method"]].get("M", (("", ""),) * 2)[args.shots == 5] if known else ("", "")
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s")
@@ -740,7 +763,7 @@ def main():
         result = {
             "method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "data": test.folders, **measured(rows, args), "strata": args.strata, "iterations": done,
+            "tasks_sha256": tasks, "data": test.folders, **measured(rows, args, test), "strata": args.strata, "domains": test.domains, "iterations": done,
             "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
             "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
             "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},

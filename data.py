@@ -1129,7 +1129,7 @@ def store_scenes(folder, split, images, depth, normals, known, domains, vanishin
 
 def prepare_scenes(size, cache_dir):
     """The folder of the ray-cast scenes, drawn once. Any change to the functions that draw them draws them again."""
-    drawing = (Draws, scene_class, scene_domain, cast, pattern, turn, camera_rays, draw_scenes)
+    drawing = (uniform, Draws, scene_class, scene_domain, cast, pattern, turn, camera_rays, draw_scenes, pack, store_scenes)
     settings = f"{SCENE_CLASSES} {SCENE_DOMAINS} {SCENE_IMAGES} {DEPTH_LIMIT} {BOXES} {BALLS}"
     version = hashlib.sha256("".join([settings, *map(inspect.getsource, drawing)]).encode()).hexdigest()[:12]
     folder, step = Path(cache_dir) / f"scenes-{size}-{version}", 16
@@ -1472,6 +1472,8 @@ class Scenes:
         k = self.support + self.queries
         for block in blocks:
             name = f"domains {self.mode} {self.split} {self.support} {self.queries} {self.seed}"
+            if self.seed is not None:                       # high-level tasks are trained on different images, and tested on the same
+                name += f" {self.kind}"
             u = uniform(name, block, self.BLOCK * (1 + k))
             domains = (u[:self.BLOCK] * len(self.counts)).astype(np.int64)
             if self.seed is None:
@@ -1512,13 +1514,14 @@ class Scenes:
 class MetaTasks:
     """Subtasks of several high-level tasks, which take turns: task number g is of the (g mod J)th of them, its number g // J.
 
-    Args: args, the flags of a script, among them tasks, J of KINDS. split.
+    Args: args, the flags of a script, among them tasks, J of KINDS. split. `domains`: {kind: number of domains that take turns}.
     """
 
     def __init__(self, args, split):
         self.split = split
         self.of = [Episodes.of(args, split) if kind == "classification" else Scenes.of(args, split, kind) for kind in args.tasks]
         self.folders = list(dict.fromkeys(folder for sampler in self.of for folder in sampler.folders))
+        self.domains = {kind: len(sampler.counts) for kind, sampler in zip(args.tasks, self.of) if kind != "classification"}
 
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1, both multiples of J -> a Task of count / J subtasks for each high-level task."""

@@ -734,7 +734,7 @@ def read_afr(folders):
                 "method": run["method"], "options": flags, "seed": args["seed"], "first_seed": 0, "modes": run["modes"], "tasks": args["tasks"],
                 "filters": args["filters"], "ways": run["ways"], "shots": run["shots"], "file": file, "synthetic": run["synthetic"],
                 "budget": tuple((k, args[k] if k != "iterations" else run["iterations"]) for k in AFR_BUDGET), "scores": scores,
-                "data": data | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()}, "transfer": list(run["transfer"]),
+                "domains": run["domains"], "data": data | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()}, "transfer": list(run["transfer"]),
                 "parameters": sum(run["parameters"].values()), "seconds": run["seconds_per_iteration"], "test_tasks": run["test_tasks"]})
         except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
             fail(f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again")
@@ -759,7 +759,7 @@ def afr_score(run, key, name, sign="", minus=None):
         other = minus["scores"].get((key, name))
         same = other is not None and run["data"][name] == minus["data"][name]
         values = values[:len(other)] - other[:len(values)] if same else None                # task j is the same in every run
-    return show(None if values is None else interval([values]), sign)
+    return show(None if values is None else interval([afr.units(values, run["domains"].get(name, 0))]), sign)
 
 
 def afr_classification(runs):
@@ -841,7 +841,7 @@ def afr_multi(runs):
         or one[0] == "multi" and two[0] == "single" and one[2:] == two[2:])]
     return (f"### {' + '.join(first['modes'])}: single and multi meta-task, {first['ways']}-way {first['shots']}-shot\n\n{afr_about(first)} "
             "*Accuracy* in % (of regressions: outputs within 1e-3 of labels in [0, 1]), *error*: mean squared error in thousandths; paper protocol / "
-            "inductive; 95 % interval over test tasks, of a few domains. In the columns MMT are the paper's numbers, on other data.\n\n".replace("  ", " ")
+            "inductive; 95 % interval over test tasks, of regressions over the test domains. In the columns MMT are the paper's numbers, on other data.\n\n".replace("  ", " ")
             + table(rows, columns) + ("\n" + table(pairs, differences) if pairs else ""))
 
 
