@@ -67,7 +67,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import KINDS, MetaTasks, Task, atomic_write, canonical_mode, fail
+from data import KINDS, MetaTasks, Task, atomic_write, canonical_mode, fail, student
 
 METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "AM", ("anil", "pam"): "P-AM"}
 PARTS = ("backbone", "head", "attention")           # of the parameters
@@ -616,9 +616,11 @@ def units(scores, domains):
 
 def summary(per_task, modes, domains):
     """Measures of tasks, modes taking turns -> {"overall" and each mode: {"mean", "ci95"}}. Modes are strata: overall is the
-    mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M. domains: {mode: how many}, see `units`."""
+    mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M. domains: {mode: how many}, see `units`; few, they
+    have Student's t in place of 1.96."""
     strata = [units(per_task[m::len(modes)], domains.get(mode, 0)) for m, mode in enumerate(modes)]
-    means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
+    wider = [student(len(x)) / 1.96 if domains.get(mode, 0) > 1 else 1.0 for x, mode in zip(strata, modes)]
+    means, variances = [x.mean() for x in strata], [w ** 2 * x.var(ddof=1) / len(x) for x, w in zip(strata, wider)]
     rows = [("overall", np.mean(means), sum(variances) / len(modes) ** 2), *zip(modes, means, variances)]
     return {name: {"mean": round(float(x), 4), "ci95": round(1.96 * math.sqrt(v), 4)} for name, x, v in rows}
 

@@ -134,6 +134,8 @@ def get_args(argv=None):
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "head"):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
+    for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"], "cnp": ["rank", "first_order", "inner_clip"]}[args.algorithm]:
+        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default

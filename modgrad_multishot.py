@@ -25,11 +25,15 @@ What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20
 out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out (--shots 15 15 is
 LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for validation (LEAP).
 What the paper does not give and is chosen here: ModGrad trains through --steps 5 (as LEAP's code does for its MAML), on the
-layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested* for 100 steps.
-Of LEAP's code this keeps the network and the random turns of all images, held-out ones too; it departs in that the outer
-loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the last training
-batch), that classes are numbered anew in each task, and that the accuracy is one on held-out drawings (in the code
-`if self.train` asks whether a method exists, so that its test seems to stay on the others).
+layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested* for 100 steps. With
+these cells M starts at 0.0001 in the mean, half its entries 0: until the generator has learned, ModGrad's steps do nothing.
+Of LEAP's code this keeps the network, its initialisation, and the random turns of all images, held-out ones too. It departs in that
+- the outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the last
+  training batch), and the accuracy is one on held-out drawings (in the code `if self.train` asks whether a method exists, which is
+  always so: its test stays on the others, by running BatchNorm statistics);
+- each visit to an alphabet draws its characters, their numbering, and what is held out anew (the code: once for a run), and a step's
+  images with replacement (the code: each image nearly as often);
+- strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).
 LEAP itself is left out: its 83.3 % in the tables is the paper's.
 
 Read it beside modgrad.py: the same steps, more of them, and two algorithms that do not differentiate through them.
@@ -55,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Alphabets, Task, atomic_write, canonical_mode, fail
+from data import Alphabets, Task, atomic_write, canonical_mode, fail, student
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
@@ -139,6 +143,8 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
     if not 1 <= args.shots[0] <= args.shots[1]:
         fail(f"--shots {args.shots[0]} {args.shots[1]}: give two numbers from 1 on, the smaller one first")
+    for key in {"modgrad": [], "maml": ["rank", "context"]}.get(args.algorithm, ["rank", "context", "first_order"]):
+        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default
@@ -227,8 +233,8 @@ def init_params(args):
 
     c_in, c = 1, args.channels
     for layer in LAYERS:
-        params[f"{layer}.weight"] = math.sqrt(2 / (9 * c_in)) * torch.randn(c, c_in, 3, 3, generator=rng)
-        params[f"{layer}.bias"] = torch.zeros(c)
+        default(layer, c, 9 * c_in)
+        params[f"{layer}.weight"] = params[f"{layer}.weight"].view(c, c_in, 3, 3)
         params |= {f"{layer.replace('conv', 'norm')}.scale": torch.ones(c), f"{layer.replace('conv', 'norm')}.shift": torch.zeros(c)}
         c_in = c
     default("head", args.ways, c * (args.image_size // 16) ** 2)
@@ -405,9 +411,9 @@ def evaluate(params, episodes, count, args):
 
 def summary(per_task, alphabets):
     """Values of tasks (n, ...) and their alphabets (n,) -> {"mean", "ci95"}. Tasks of one alphabet are alike: the mean is that
-    of the alphabets' means m, and the half width of its 95 % interval 1.96 s(m) / sqrt(number of alphabets)."""
+    of the alphabets' means m, and the half width of its 95 % interval t s(m) / sqrt(number of alphabets), t Student's."""
     means = np.stack([per_task[alphabets == a].mean(0) for a in np.unique(alphabets)])
-    return {"mean": means.mean(0).round(4).tolist(), "ci95": (1.96 * means.std(0, ddof=1) / math.sqrt(len(means))).round(4).tolist()}
+    return {"mean": means.mean(0).round(4).tolist(), "ci95": (student(len(means)) * means.std(0, ddof=1) / math.sqrt(len(means))).round(4).tolist()}
 
 
 def identity(args):
@@ -509,7 +515,7 @@ def report(result, args):
           f"tasks of {len(result['alphabets'])} alphabets, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
           f"accuracy in % after {args.test_steps} steps on held-out drawings: "
           + ", ".join("{} {mean:.2f} +- {ci95:.2f}".format(name, **result[key]) for name, key in (
-              ("paper protocol", "accuracy"), ("inductive", "accuracy_inductive"))) + f"; {TABLE}: {paper}" * bool(paper))
+              ("inductive", "accuracy_inductive"), ("paper protocol", "accuracy"))) + f"; {TABLE}: {paper}" * bool(paper))
     print("steps             " + "".join(f"{k:8}" for k in after["steps"]))
     print("accuracy after    " + "".join(f"{x:8.2f}" for x in after["mean"]))
     print("loss of last batch" + "".join(f"{curve['mean'][k - 1]:8.3f}" for k in after["steps"]) + "    (before its step)")

@@ -508,19 +508,20 @@ def multishot_tables(folders, out, figures):
                     return "-"                              # other tasks
                 return spread(modgrad_multishot.summary(base[key] - row[1][key], base["per_task_alphabet"]), digits, "+")
             return cell
-        columns = {"method": lambda row: row[0], "paper protocol": lambda row, f=spread: f(row[1]["accuracy"]),
-                   "inductive": lambda row, f=spread: f(row[1]["accuracy_inductive"])}
+        columns = {"method": lambda row: row[0], "inductive": lambda row, f=spread: f(row[1]["accuracy_inductive"]),
+                   "paper protocol": lambda row, f=spread: f(row[1]["accuracy"])}
         columns |= {"ModGrad's Figure 5": lambda row: modgrad_multishot.PAPER[row[1]["method"]] or "-"} if known else {}
         columns |= {f"after {k}": lambda row, i=i: f"{row[1]['after']['mean'][i]:.2f}" for i, k in enumerate(rows[0][1]["after"]["steps"][:-1])}
         columns |= {"training loss": lambda row, f=spread: f(row[1]["loss"], 3), "s an iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}"}
-        differences = {"difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}", "paper protocol": against("per_task"),
-                       "inductive": against("per_task_inductive"), "training loss": against("per_task_loss", 3)}
+        differences = {"difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}", "inductive": against("per_task_inductive"),
+                       "paper protocol": against("per_task"), "training loss": against("per_task_loss", 3)}
         words = ["Synthetic images"] * synthetic + [f"{budget[k]} {MULTISHOT_UNITS[k]} instead of {v}"
                                                     for k, v in MULTISHOT_BUDGET.items() if budget[k] != v]
         parts.append(
             f"### Multi-shot, {' + '.join(modes)}, {budget['ways']}-way, {shots[0]} to {shots[1]} shots\n\n" + "".join(f"**{x}.** " for x in words)
             + f"{tasks:,} test tasks; accuracy in % on held-out drawings after {K} steps, and after fewer (paper protocol); training loss: the mean of "
-            f"the {K} steps; 95 % intervals over alphabets." + f" LEAP, which is not here, has {modgrad_multishot.PAPER['LEAP']} in the paper." * known
+            f"the {K} steps; 95 % intervals over alphabets." + f" LEAP, which is not here, has {modgrad_multishot.PAPER['LEAP']} in the paper. Its "
+            "code, which the paper builds on, judges training drawings, by running BatchNorm statistics (but for MAML)." * known
             + f"\n\n{table(rows, columns)}" + (f"\n{table(rows[1:], differences)}" if rows[0][1]["method"] == "ModGrad" and rows[1:] else ""))
         if importlib.util.find_spec("matplotlib"):
             slug = [*["synthetic"] * synthetic, "+".join(modes), f"{shots[0]}to{shots[1]}", *(f"{k}{budget[k]}" for k, v in MULTISHOT_BUDGET.items() if budget[k] != v)]
@@ -759,7 +760,8 @@ def afr_score(run, key, name, sign="", minus=None):
         other = minus["scores"].get((key, name))
         same = other is not None and run["data"][name] == minus["data"][name]
         values = values[:len(other)] - other[:len(values)] if same else None                # task j is the same in every run
-    return show(None if values is None else interval([afr.units(values, run["domains"].get(name, 0))]), sign)
+    found = None if values is None else afr.summary(values, [name], run["domains"])[name]
+    return show(found and (found["mean"], found["ci95"]), sign)
 
 
 def afr_classification(runs):
