@@ -2,7 +2,7 @@
 
     python tables.py [FOLDER ...] [--out results]
 
-reads every result.json under the folders (default: runs), prints the tables as Markdown and writes them to
+reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
 <out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations,
 ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8, and attentive feature reuse's Figure 5 where runs were
 validated.
@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ import modgrad
 import modgrad_completion
 import modgrad_multishot
 import modgrad_rl
+import transference
 from data import atomic_write, fail
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -893,6 +895,24 @@ def afr_tables(runs, out, figures):
     return parts
 
 
+# --------------------------------------------------------------------------------------------------- transference
+def transference_tables(folders, out):
+    """What transference.py measured under the folders -> parts of tables.md, with links to its figures."""
+    parts = []
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("transference.json")}):
+        try:
+            record = json.loads(file.read_text())
+            of, few = record["setting"], min(transference.ALONG_SOURCES, record["setting"]["source_tasks"])
+            lines = [*transference.HEAD, *map(transference.shares_row, record["found"])]
+            parts.append(f"### {record['about']}, {' and '.join(of['at'])}\n\nStep on {of['update']} parameters; 95 % intervals over resampled sources "
+                         "and targets.\n\n" + "\n".join(lines) + "\n\n" + "".join(f"{x}\n\n" for x in transference.other_tables(record["found"], few)))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
+            fail(f"{file} is not a whole file of transference.py ({type(error).__name__}: {error}): delete it, run its command again")
+        for picture in sorted(file.parent.glob("transference-*.png")):
+            parts.append(f"![{picture.stem}]({os.path.relpath(picture, out)})\n")
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------- figures
 def curves(runs, singles, file):
     """Training accuracy of each run against iterations, a panel a mode -> PNG `file`. Points are means over log lines."""
@@ -953,7 +973,8 @@ def main():
     figures, reuse = [], read_afr(args.folders)
     other, more = read_modgrad(args.folders), [*completion_tables(args.folders), *multishot_tables(args.folders, out, figures),
                                               *rl_tables(args.folders, out, figures)]
-    if not groups and not other and not more and not reuse:
+    transfer = transference_tables(args.folders, out)
+    if not groups and not other and not more and not reuse and not transfer:
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
@@ -977,6 +998,8 @@ def main():
                if (family, setting, shots) not in seen]
     if lacking:
         parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
+    if transfer:
+        parts += ["# Transference: tables from result files\n", *transfer]
     if other or more:
         parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *more]
     if reuse:

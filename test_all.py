@@ -2251,11 +2251,18 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
     assert np.array(row["LR"]).shape == (4, 3)
     assert f"| {row['state']} | 0.001 | {transference.cell(row['all']['positive'])} |" in done.stdout
     assert f"| {transference.cell(row['all']['below_one'])} | {transference.cell(row['all']['mean'], 4)} |" in done.stdout
-    tables = transference.other_tables(found["found"], 4)
-    assert len(tables) == 3 and all(table in done.stdout for table in tables), "the file holds what is printed: sweep, two matrices"
+    others = transference.other_tables(found["found"], 4)
+    assert len(others) == 3 and all(table in done.stdout for table in others), "the file holds what is printed: sweep, two matrices"
     assert set(row["matrix"]["cells"]) == set(row["matrix"]["cells"]["fc100"]) == {"miniimagenet", "fc100"}
     assert [x["iteration"] for x in found["along"]["MProtoNet+KML"]] == [3, 6]
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"transference-{x}.png" for x in ("histogram", "tasks", "training")}
+    made = here("tables.py", tmp_path / "out", "--out", tmp_path / "tables").stdout
+    assert f"### {found['about']}, half and final\n" in made and "SYNTHETIC" in found["about"]
+    assert all(table in made for table in others) and transference.shares_row(row) in made
+    assert "](../out/transference-histogram.png)" in made
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "transference.json").write_text("{}")
+    fails(capsys, functools.partial(call, tables, monkeypatch, tmp_path / "bad"), "is not a whole file of transference.py")
     done = here("transference.py", "--checkpoint", tmp_path / "run", "--export", tmp_path / "half")
     files = sorted((tmp_path / "half").iterdir())
     assert len(files) == 2

@@ -438,7 +438,7 @@ def main():
     if not figures:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
     options = runs[0][1].options
-    setting = (f"{'SYNTHETIC ' * options.synthetic}{args.source} (training classes) to {args.target} (test classes), {options.ways}-way "
+    about = (f"{'SYNTHETIC ' * options.synthetic}{args.source} (training classes) to {args.target} (test classes), {options.ways}-way "
                f"{options.shots}-shot, {options.image_size} px, {args.source_tasks} source and {args.target_tasks} target tasks")
     source_episodes, sources = tasks_of(args, options, args.source, "train", args.source_tasks)
     target_episodes, targets = tasks_of(args, options, args.target, "test", args.target_tasks)
@@ -447,7 +447,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out}: {error.strerror}; give another folder")
-    print(f"transference, {setting}, step on {args.update} parameters\n")
+    print(f"transference, {about}, step on {args.update} parameters\n")
     print("\n".join(HEAD))
     for moment, state in runs:
         alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update)
@@ -459,7 +459,7 @@ def main():
         print(shares_row(row), flush=True)
         found.append(row)
         measured.append((ratios, gains))
-        save(args, options, found, {})                      # what is measured is kept, whatever comes
+        save(args, options, about, found, {})                      # what is measured is kept, whatever comes
         if args.sweep:
             few = Task(*(x[:ALONG_SOURCES] for x in sources))
             row["sweep"] = {str(factor): describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
@@ -470,11 +470,11 @@ def main():
         one.setdefault("minus", {})[two["state"]] = compare((*measured[i], one["all"]), (*measured[j], two["all"]))
     print("\n" + "\n\n".join(other_tables(found, min(ALONG_SOURCES, args.source_tasks))))
     along = trajectories(args, runs, sources, targets) if args.along else {}
-    save(args, options, found, along)
+    save(args, options, about, found, along)
     if figures:
         import matplotlib
         matplotlib.use("Agg")
-        histogram(found, out / "transference-histogram.png", setting)
+        histogram(found, out / "transference-histogram.png", about)
         for row in found[:1]:
             LR = np.array(row["LR"])
             best, worst = (int(x) for x in (LR[:, 0].argmin(), LR[:, 0].argmax()))
@@ -483,13 +483,13 @@ def main():
                     (f"source task {worst}, the worst, LR {LR[worst, 0]:.4f}: {names(source_episodes, worst)}",
                      single(sources)[worst])], out / "transference-tasks.png")
         if along:
-            curves(along, out / "transference-training.png", setting)
+            curves(along, out / "transference-training.png", about)
     print(f"\nwritten to {out}: transference.json{', figures' * figures}", file=sys.stderr)
 
 
-def save(args, options, found, along):
+def save(args, options, about, found, along):
     setting = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "checkpoint")}
-    record = {"setting": setting, "synthetic": options.synthetic, "modes": options.modes, "shots": options.shots,
+    record = {"about": about, "setting": setting, "synthetic": options.synthetic, "modes": options.modes, "shots": options.shots,
               "image_size": options.image_size, "found": found, "along": along}
     atomic_write(Path(args.out) / "transference.json", json.dumps(record, allow_nan=False))
 
