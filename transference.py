@@ -19,9 +19,15 @@ opposite (negative). Many source tasks i give a histogram.
 *Neutral* is what changes the target's accuracy by less than 0.05 points, says the paper; which loss change that is, it does
 not say. Here |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) on LR - 1, least squares over
 all pairs, each target about its own mean. Accuracy moves in steps of whole images, so s is uncertain, and with it what counts
-as neutral: intervals are from resampled sources and targets with s found anew each time. Where the sign of s is not certain, or
-no prediction changes at all, there is no neutral zone to be had, and only the share with LR < 1 is given. Two networks are comparable only if their steps are: alpha is chosen for each state alike, so that a step on a
-target itself takes its loss to 0.95 in the median (on validation tasks); --sweep shows how the shares depend on it.
+as neutral: intervals are from resampled sources and targets with s found anew each time. Where s is not certainly negative (a lower
+loss, a higher accuracy), there is no neutral zone to be had, and only the share with LR < 1 is given.
+
+What compares two networks, and what does not. alpha is chosen for each state alike, so that a step on a target itself takes its loss
+to 0.95 in the median (on validation tasks); --sweep shows how the shares depend on it. The step that is made is a source's, though:
+alpha times *its* gradient, and that is short where a network fits its training tasks well, which looks like neutral transfer. So
+what the steps are is printed too: LR(i -> i) of the source tasks, and, free of any step size, the share of pairs whose gradients
+agree, to which LR < 1 comes down when alpha goes to 0. And intervals are over tasks, of one trained network each: they say nothing of
+other training runs of the same method, nor of alpha.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script, as no training script does.
 Run:  python mprotonet.py --synthetic --quick --modes miniimagenet fc100 --keep-every 110 --out runs/example
@@ -160,7 +166,7 @@ def states(place, at, device):
 def export(state, folder):
     """Write one state in half precision, as a file that --checkpoint takes; --at half and final find it again."""
     identity = {k: v for k, v in vars(state.options).items() if k != "device"}
-    modes, name = "+".join(identity["modes"]), f"{state.method}-{identity['shots']}shot"
+    modes, name = "+".join(identity["modes"]), f"{state.label.replace(' ', '-')}-{identity['shots']}shot"
     path = Path(folder) / f"{modes}-{name}-{identity['image_size']}px-seed{identity['seed']}-{state.iteration}.pt".lower()
     atomic_write(path, {"identity": identity, "iteration": state.iteration, "of": state.of,
                         "params": {k: w.half().cpu() for k, w in state.params.items()}})
@@ -220,6 +226,25 @@ def measure(state, sources, targets, alpha, update):
     with torch.no_grad():
         ratios, gains = over_tasks(one, sources, options.device, f"{state.method}: source tasks")
     return ratios.double().cpu().numpy(), gains.double().cpu().numpy()
+
+
+def what_steps_are(state, sources, targets, alpha, update):
+    """-> cosines between the gradients of sources and targets (I, J); LR(i -> i) of the sources (I,); the base network's share of
+    their squared gradients, in % (I,)."""
+    params, options = state.params, state.options
+
+    def flat(gradients):
+        return torch.cat([g.reshape(-1) for g in gradients.values()])
+    towards = torch.stack([flat(gradient(params, task, options, update)) for task in single(targets)])
+    towards = towards / towards.norm(dim=1, keepdim=True)
+
+    def one(source):
+        gradients = gradient(params, source, options, update)
+        before, after = (judge(p, [source], options)[0][0] for p in (params, sgd_step(params, gradients, alpha)))
+        whole, base = flat(gradients), flat(mprotonet.group(gradients, "base"))
+        return towards @ whole / whole.norm(), after / before, 100 * base.square().sum() / whole.square().sum()
+    with torch.no_grad():
+        return tuple(x.double().cpu().numpy() for x in over_tasks(one, sources, options.device, "gradients"))
 
 
 def self_transference(state, batch, alphas, update):
@@ -298,10 +323,17 @@ def describe(ratios, gains, draws=1000):
     ends = np.percentile(np.nan_to_num(samples, posinf=1e9), (2.5, 97.5), axis=0).T
     numbers = {name: [float(x), *map(float, end)] for (name, x), end in zip(found.items(), ends)}
     per_target = shares(ratios, found["band"]).round(2).tolist()
-    if not numbers["slope"][1] * numbers["slope"][2] > 0:
+    if not numbers["slope"][2] < 0:
         numbers |= dict.fromkeys(("positive", "negative", "neutral", "band"))
         per_target = None
     return numbers | {"per_target": per_target}
+
+
+def agreement(cosines, draws=1000):
+    """Cosines (I, J) -> [share of positive ones in %, ends of its 95 % interval], from resampled sources and targets."""
+    rng, (I, J) = np.random.default_rng(0), cosines.shape
+    samples = [(cosines[np.ix_(rng.integers(0, I, I), rng.integers(0, J, J))] > 0).mean() for _ in range(draws)]
+    return [100 * float(x) for x in ((cosines > 0).mean(), *np.percentile(samples, (2.5, 97.5)))]
 
 
 def compare(one, two, draws=1000):
@@ -337,8 +369,13 @@ def shares_row(row):
 
 
 def other_tables(found, few):
-    """Differences between states, --sweep (of `few` source tasks) and --matrix -> list of Markdown, those that there are."""
+    """What the steps are and --sweep (of `few` source tasks), differences between states, --matrix -> list of Markdown, what there is."""
     tables = []
+    lines = ["| {} | {} | {:.3f} | {:.4f} | {:.1f} |".format(row["state"], cell(row["steps"]["agree"]), *(
+        row["steps"][k] for k in ("cosine", "own", "base"))) for row in found]
+    head = ("| state | gradients that agree, % | median cosine | median LR of a source task to itself | base network's share of the squared "
+            "gradient, % |")
+    tables.append([f"What the steps are, of {few} source tasks", "", head, "|" + " --- |" * 5, *lines])
     lines = [f"| {row['state']} - {other} | {' | '.join(cell(numbers[k], 4 if k == 'mean' else 1, '+') for k in COMPARED)} |"
              for row in found for other, numbers in row.get("minus", {}).items()]
     if lines:
@@ -352,10 +389,10 @@ def other_tables(found, few):
     for row in found:
         if "matrix" in row:
             modes = list(row["matrix"]["cells"])
-            tables.append([f"{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of LR < 1 in %; mean LR", "",
+            tables.append([f"{row['state']}, alpha {row['matrix']['alpha']:.3g}: share of LR < 1 in %; median LR", "",
                            f"| from \\ to | {' | '.join(modes)} |", "|" + " --- |" * (len(modes) + 1)])
             for source, to in row["matrix"]["cells"].items():
-                tables[-1].append(f"| {source} | {' | '.join(cell(x['below_one']) + '; ' + cell(x['mean'], 4) for x in to.values())} |")
+                tables[-1].append(f"| {source} | {' | '.join(cell(x['below_one']) + '; ' + cell(x['median'], 4) for x in to.values())} |")
     return ["\n".join(lines) for lines in tables]
 
 
@@ -379,7 +416,7 @@ def histogram(found, file, about):
             axis.hist(np.clip(np.ravel(row["LR"]), bins[0], bins[-1]), bins, alpha=0.45, density=True,
                       label=f"{row['state']}: {', '.join(parts)}")
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(xlabel="loss ratio LR: below 1 the source task helped", ylabel="density of (source, target) pairs", title=moment)
+        axis.set(xlabel="loss ratio LR: below 1 the source task helped (tails in the outermost bars)", ylabel="density of (source, target) pairs", title=moment)
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.suptitle(textwrap.fill(about, 70 * len(moments)), fontsize="medium")
     figure.savefig(file, dpi=110)
@@ -434,6 +471,14 @@ def main():
         return
     if len({(s.options.synthetic, s.options.ways, s.options.shots, s.options.image_size) for _, s in runs}) > 1:
         fail("the runs differ in ways, shots, image size or --synthetic: their tasks are not the same")
+    places = {}
+    for _, state in runs:
+        other = places.setdefault((state.label, state.iteration), state)
+        if other.folder != state.folder:
+            differ = [k for k in vars(other.options) if getattr(state.options, k, None) != getattr(other.options, k)]
+            fail(f"{other.folder} and {state.folder} are both called {state.label} (they differ in {' '.join(differ) or 'nothing'}): measure them apart")
+        if state.folder.is_dir() and not (state.folder / "result.json").exists():
+            print(f"note: {state.folder} is not finished; half and final are of the {state.of:,} iterations that there are", file=sys.stderr)
     args.source, args.target = (canonical_mode(mode, args.data_root) for mode in (args.source, args.target))
     if not figures:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
@@ -457,11 +502,14 @@ def main():
                "self": {"median": float(np.median(own)), "LR": own.round(6).tolist()},
                "LR": ratios.round(6).tolist(), "gain": gains.round(4).tolist()}
         print(shares_row(row), flush=True)
+        few = Task(*(x[:ALONG_SOURCES] for x in sources))
+        cosines, to_itself, base = what_steps_are(state, few, targets, alpha, args.update)
+        row["steps"] = {"agree": agreement(cosines), "cosine": float(np.median(cosines)), "own": float(np.median(to_itself)),
+                        "base": float(np.median(base))}
         found.append(row)
         measured.append((ratios, gains))
         save(args, options, about, found, {})                      # what is measured is kept, whatever comes
         if args.sweep:
-            few = Task(*(x[:ALONG_SOURCES] for x in sources))
             row["sweep"] = {str(factor): describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
         if args.matrix is not None:
             row["matrix"] = matrix(args, state)
@@ -483,7 +531,8 @@ def main():
                     (f"source task {worst}, the worst, LR {LR[worst, 0]:.4f}: {names(source_episodes, worst)}",
                      single(sources)[worst])], out / "transference-tasks.png")
         if along:
-            curves(along, out / "transference-training.png", about)
+            curves(along, out / "transference-training.png", f"{about}; each state with the step size chosen for it" * (args.alpha == "auto")
+                   or about)
     print(f"\nwritten to {out}: transference.json{', figures' * figures}", file=sys.stderr)
 
 
