@@ -30,7 +30,9 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
 The paper keeps its RL variant in a supplement that is not public. Chosen here: cells on both hidden layers; v of 128 entries and
 u = 5 as in its regression; Eq. 9's loss after the trial step is taken on the same rollouts, corrected by the ratio of new to old
 probabilities (no rollouts more than the rivals have); a step size of 30, with which the first steps are about as long as MAML's:
-M is 0.003 to begin with, where it is not 0, and with the 0.1 of its other experiments the policy does not move.
+M is 0.0005 to 0.005 in kernels and 0.02 in biases to begin with, where it is not 0, and with the 0.1 of its other experiments the
+policy does not move. Known weakness: before Eq. 9 all tasks share v = 0 and so which entries of M are cut off; an outer step that takes
+one past zero lets v jump in most tasks, and the line search gives the step up (README, 2D navigation).
 """
 import argparse
 import hashlib
@@ -142,6 +144,10 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
     if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
         fail(f"--algorithm modgrad --adapt {' '.join(args.adapt)}: a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}")
+    for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"]}[args.algorithm]:
+        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
+    if args.fisher_fraction > 1:
+        fail(f"--fisher-fraction {args.fisher_fraction}: give a share of the tasks, at most 1")
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {args.env}"
     if args.out is None:                                # named by its method and what is not default

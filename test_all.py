@@ -1437,7 +1437,7 @@ def test_flags_that_a_method_does_not_use_make_no_other_run():
         one, two = (get_args(afr, *words, *more.split()) for more in ("", unused))
         assert afr.identity(one) == afr.identity(two) and one.out == two.out
     for module, words, unused in ((modgrad_multishot, "reptile", "--rank 2 --context 9 --first-order"), (modgrad_multishot, "maml", "--rank 2 --context 9"),
-                                  (modgrad_completion, "cnp", "--rank 2 --first-order --inner-clip 1"), (modgrad_completion, "maml", "--rank 2 --context 9")):
+                                  (modgrad_rl, "cavia", "--rank 2"), (modgrad_rl, "maml", "--rank 2 --context 9"), (modgrad_completion, "cnp", "--rank 2 --first-order --inner-clip 1"), (modgrad_completion, "maml", "--rank 2 --context 9")):
         one, two = (get_args(module, "--algorithm", words, *more.split()) for more in ("", unused))
         assert module.identity(one) == module.identity(two) and one.out == two.out
     assert afr.identity(get_args(afr, "--modulation", "pam", "--kl-weight", 2)) != afr.identity(get_args(afr, "--modulation", "pam"))
