@@ -117,7 +117,7 @@ class State(NamedTuple):
 
     @property
     def name(self):
-        return f"{self.label}, {self.iteration:,} of {self.of:,} iterations"
+        return f"{self.label}, {self.iteration:,} iterations"
 
 
 def load(place):
