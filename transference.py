@@ -23,7 +23,7 @@ as neutral: intervals are from resampled sources and targets with s found anew e
 loss, a higher accuracy), there is no neutral zone to be had, and only the share with LR < 1 is given.
 
 What compares two networks, and what does not. alpha is chosen for each state alike, so that a step on a target itself takes its loss
-to 0.95 in the median (on validation tasks); --sweep shows how the shares depend on it. The step that is made is a source's, though:
+to 0.95 in the median (on validation tasks; --self-transference, as not every network's loss can be taken there by one step); --sweep shows how the shares depend on it. The step that is made is a source's, though:
 alpha times *its* gradient, and that is short where a network fits its training tasks well, which looks like neutral transfer. So
 what the steps are is printed too: LR(i -> i) of the source tasks, and, free of any step size, the share of pairs whose gradients
 agree, to which LR < 1 comes down when alpha goes to 0. And intervals are over tasks, of one trained network each: they say nothing of
@@ -51,7 +51,6 @@ from tqdm import tqdm
 import mprotonet
 from data import Episodes, Task, atomic_write, canonical_mode, fail
 
-SELF = 0.95             # --alpha auto: the median self-transference
 NEUTRAL = 0.05          # points of accuracy
 SWEEP = (0.25, 0.5, 2.0, 4.0)                           # times alpha
 ALONG_SOURCES = 60
@@ -71,7 +70,8 @@ def get_args(argv=None):
     p.add_argument("--target-tasks", type=int, default=20, help="paper: 1 in each figure")
     p.add_argument("--update", default="all", choices=("all", "base"), help="what the step changes: all meta-parameters, or the "
                    "base network alone")
-    p.add_argument("--alpha", default="auto", help=f"step size; auto: median self-transference {SELF} on validation targets")
+    p.add_argument("--alpha", default="auto", help="step size; auto: see --self-transference")
+    p.add_argument("--self-transference", type=float, default=0.95, help="with --alpha auto: the median LR(j -> j) of validation targets")
     p.add_argument("--sweep", action="store_true", help=f"the shares at {', '.join(map(str, SWEEP))} times alpha too")
     p.add_argument("--matrix", nargs="*", metavar="MODE", help="also every mode to every mode (the run's, or these)")
     p.add_argument("--along", action="store_true", help="also chosen source tasks along all kept states of training (Fig. 2)")
@@ -88,6 +88,8 @@ def get_args(argv=None):
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if args.device not in devices:
         fail(f"--device {args.device}: not there; choose from {' '.join(devices)}")
+    if not 0 < args.self_transference < 1:
+        fail(f"--self-transference {args.self_transference}: give a number between 0 and 1")
     if args.alpha != "auto":
         try:
             args.alpha = float(args.alpha)
@@ -258,14 +260,14 @@ def self_transference(state, batch, alphas, update):
         return over_tasks(one, batch, state.options.device, "self-transference")[0].double().cpu().numpy()
 
 
-def choose_alpha(state, batch, update):
-    """The smallest step size at which the median self-transference of the batch is SELF, to 5 %. (Larger steps overshoot: the loss
+def choose_alpha(state, batch, update, level):
+    """The smallest step size at which the median self-transference of the batch is `level`, to 5 %. (Larger steps overshoot: the loss
     of a target falls and rises again.) Searched upwards in powers of two, from an eighth of where a loss that fell in a straight
     line would be there, and twice more finely."""
     def straight(task):
         gradients = gradient(state.params, task, state.options, update)
         loss, squares = judge(state.params, [task], state.options)[0], sum(g.square().sum() for g in gradients.values())
-        return ((1 - SELF) * loss[0] / squares,)
+        return ((1 - level) * loss[0] / squares,)
     with torch.no_grad():
         first = float(over_tasks(straight, batch, state.options.device, "step size")[0].median())
     if not 0 < first < math.inf:
@@ -276,11 +278,12 @@ def choose_alpha(state, batch, update):
         """Of ascending step sizes the first that is enough, or None."""
         found = np.nan_to_num(np.median(self_transference(state, batch, alphas, update), 0), nan=np.inf)
         medians.update(zip(alphas, found))
-        return next((alpha for alpha, median in zip(alphas, found) if median <= SELF), None)
+        return next((alpha for alpha, median in zip(alphas, found) if median <= level), None)
     best = smallest([first * 2 ** k for k in range(6)]) or smallest([first * 2 ** k for k in range(6, 14)])
     if best is None:
         least = min(medians, key=medians.get)
-        fail(f"{state.name}: the best step takes a target's own loss to {medians[least]:.4f}, none to {SELF}: give --alpha, as {least:.2g}")
+        fail(f"{state.name}: the best step takes a target's own loss to {medians[least]:.4f}, none to {level}: give "
+             f"--self-transference, as {(1 + medians[least]) / 2:.2f}, for all states alike")
     for k in (4, 16):
         best = smallest([best * 2 ** (-i / k) for i in (3, 2, 1, 0)]) or best
     return float(best)
@@ -495,7 +498,7 @@ def main():
     print(f"transference, {about}, step on {args.update} parameters\n")
     print("\n".join(HEAD))
     for moment, state in runs:
-        alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update)
+        alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update, args.self_transference)
         ratios, gains = measure(state, sources, targets, alpha, args.update)
         own = self_transference(state, targets, [alpha], args.update)[:, 0]
         row = {"state": state.name, "moment": moment, "alpha": alpha, "all": describe(ratios, gains),
@@ -548,7 +551,7 @@ def matrix(args, state):
     median self-transference is SELF over the validation tasks of all modes together."""
     modes = [canonical_mode(mode, args.data_root) for mode in args.matrix or state.options.modes]
     some = [tasks_of(args, state.options, mode, "val", max(2, args.target_tasks // len(modes)))[1] for mode in modes]
-    alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, Task(*map(torch.cat, zip(*some))), args.update)
+    alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, Task(*map(torch.cat, zip(*some))), args.update, args.self_transference)
     targets = {mode: tasks_of(args, state.options, mode, "test", args.target_tasks)[1] for mode in modes}
     cells = {}
     for source in modes:
@@ -565,7 +568,7 @@ def trajectories(args, runs, sources, targets):
         _, done, of, _, kept = load(place)
         rows = []
         for state in states(place, [str(t) for t in sorted({*kept, done})], args.device):
-            alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update)
+            alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, validation, args.update, args.self_transference)
             rows.append({"iteration": state.iteration, "alpha": alpha,
                          "LR": measure(state, few, target, alpha, args.update)[0][:, 0].round(6).tolist()})
         half = min(rows, key=lambda row: abs(row["iteration"] - of / 2))
