@@ -17,17 +17,18 @@ opposite (negative). Many source tasks i give a histogram.
     i = j        self-transference           what a step on the target itself would do: the most to hope for
 
 *Neutral* is what changes the target's accuracy by less than 0.05 points, says the paper; which loss change that is, it does
-not say. Here |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) on LR - 1, least squares over
-all pairs, each target about its own mean. Accuracy moves in steps of whole images, so s is uncertain, and with it what counts
-as neutral: intervals are from resampled sources and targets with s found anew each time. Where s is not certainly negative (a lower
-loss, a higher accuracy), there is no neutral zone to be had, and only the share with LR < 1 is given.
+not say. Here |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) on LR - 1, least squares over all
+pairs, each target about its own mean. Accuracy moves in steps of whole images, so s is uncertain, and with it what counts as
+neutral: intervals are from resampled sources and targets with s found anew each time. Where s is not certainly negative (a
+lower loss, a higher accuracy), there is no neutral zone to be had, and only the share with LR < 1 is given.
 
-What compares two networks, and what does not. alpha is chosen for each state alike, so that a step on a target itself takes its loss
-to 0.95 in the median (on validation tasks; --self-transference, as not every network's loss can be taken there by one step); --sweep shows how the shares depend on it. The step that is made is a source's, though:
-alpha times *its* gradient, and that is short where a network fits its training tasks well, which looks like neutral transfer. So
-what the steps are is printed too: LR(i -> i) of the source tasks, and, free of any step size, the share of pairs whose gradients
-agree, to which LR < 1 comes down when alpha goes to 0. And intervals are over tasks, of one trained network each: they say nothing of
-other training runs of the same method, nor of alpha.
+What compares two networks, and what does not. alpha is chosen for each state alike, so that a step on a target itself takes
+its loss to 0.95 in the median (on validation tasks; --self-transference, as not every network's loss can be taken there by
+one step); --sweep shows how the shares depend on it. The step that is made is a source's, though: alpha times *its* gradient,
+and that is short where a network fits its training tasks well, which looks like neutral transfer. So what the steps are is
+printed too: LR(i -> i) of the source tasks, and, free of any step size, the share of pairs whose gradients agree, to which LR
+< 1 comes down when alpha goes to 0. And intervals are over tasks, of one trained network each: they say nothing of other
+training runs of the same method, nor of alpha.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script, as no training script does.
 Run:  python mprotonet.py --synthetic --quick --modes miniimagenet fc100 --keep-every 110 --out runs/example
@@ -548,7 +549,7 @@ def save(args, options, about, found, along):
 
 def matrix(args, state):
     """Every mode to every mode -> {"alpha", "cells": {source: {target: describe(...)}}}, with one step size: that at which the
-    median self-transference is SELF over the validation tasks of all modes together."""
+    median self-transference is --self-transference over the validation tasks of all modes together."""
     modes = [canonical_mode(mode, args.data_root) for mode in args.matrix or state.options.modes]
     some = [tasks_of(args, state.options, mode, "val", max(2, args.target_tasks // len(modes)))[1] for mode in modes]
     alpha = args.alpha if args.alpha != "auto" else choose_alpha(state, Task(*map(torch.cat, zip(*some))), args.update, args.self_transference)
