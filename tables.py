@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -896,20 +895,23 @@ def afr_tables(runs, out, figures):
 
 
 # --------------------------------------------------------------------------------------------------- transference
-def transference_tables(folders, out):
-    """What transference.py measured under the folders -> parts of tables.md, with links to its figures."""
+def transference_tables(folders):
+    """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the folder
+    they were found in: that is where tables.md is meant to be."""
     parts = []
-    for file in sorted({file for folder in folders for file in Path(folder).rglob("transference.json")}):
+    places = {file: place for place in folders for file in Path(place).rglob("transference.json")}
+    for file, place in sorted(places.items()):
         try:
             record = json.loads(file.read_text())
             of, few = record["setting"], min(transference.ALONG_SOURCES, record["setting"]["source_tasks"])
             lines = [*transference.HEAD, *map(transference.shares_row, record["found"])]
-            parts.append(f"### {record['about']}, {' and '.join(of['at'])}\n\nStep on {of['update']} parameters; 95 % intervals over resampled sources "
+            size = f"alpha {of['alpha']}" if of["alpha"] != "auto" else f"self-transference {of['self_transference']}"
+            parts.append(f"### {record['about']}, {' and '.join(of['at'])}\n\nStep on {of['update']} parameters, {size}; 95 % intervals over resampled sources "
                          "and targets.\n\n" + "\n".join(lines) + "\n\n" + "".join(f"{x}\n\n" for x in transference.other_tables(record["found"], few)))
         except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
             fail(f"{file} is not a whole file of transference.py ({type(error).__name__}: {error}): delete it, run its command again")
         for picture in sorted(file.parent.glob("transference-*.png")):
-            parts.append(f"![{picture.stem}]({os.path.relpath(picture, out)})\n")
+            parts.append(f"![{picture.stem}]({picture.relative_to(place)})\n")
     return parts
 
 
@@ -973,7 +975,7 @@ def main():
     figures, reuse = [], read_afr(args.folders)
     other, more = read_modgrad(args.folders), [*completion_tables(args.folders), *multishot_tables(args.folders, out, figures),
                                               *rl_tables(args.folders, out, figures)]
-    transfer = transference_tables(args.folders, out)
+    transfer = transference_tables(args.folders)
     if not groups and not other and not more and not reuse and not transfer:
         fail(f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first")
     if importlib.util.find_spec("matplotlib") is None:
