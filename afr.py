@@ -176,11 +176,13 @@ def get_args(argv=None):
     args.synthetic |= cast                                  # in no case real images
     if args.embed == "constant" and args.modulation == "none":
         fail("--embed constant is about attention modules: give --modulation am or pam")
+    args.method = METHODS[args.algorithm, args.modulation]
     unused = ["head", "attention_blocks", "attention_width", "attention_lr", "kl_weight"] if args.modulation == "none" else [
         *["attention_blocks", "attention_width"] * (args.embed == "constant"), *["kl_weight"] * (args.modulation == "am")]
-    for key in unused:                                  # what a method does not use does not make it another run
-        setattr(args, key, defaults[key])
-    args.method = METHODS[args.algorithm, args.modulation]
+    for key in unused:
+        if getattr(args, key) != defaults[key]:
+            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
+        setattr(args, key, defaults[key])               # and does not make it another run
     args.strata = args.modes if alone and not cast else args.tasks          # what results are told apart by
     args.title = f"{args.method} {data_name(args)}" + f": {'+'.join(args.tasks)}" * (not alone)
     if args.out is None:                                # named by its method and what is not default
@@ -610,7 +612,7 @@ def evaluate(params, episodes, count, args):
 
 def units(scores, domains):
     """Scores of tasks -> what an interval is over: these; or, where they take turns in a few domains, the means of each one's, as
-    tasks of one domain share images."""
+    tasks of one domain share images. (Of one domain there is nothing but its tasks.)"""
     return np.array([scores[d::domains].mean() for d in range(min(domains, len(scores)))]) if domains > 1 else scores
 
 
@@ -765,7 +767,8 @@ def main():
         result = {
             "method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots,
             "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "data": test.folders, **measured(rows, args, test), "strata": args.strata, "domains": test.domains, "iterations": done,
+            "tasks_sha256": tasks, "data": test.folders, **measured(rows, args, test), "strata": args.strata, "iterations": done,
+            "domains": test.domains,
             "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
             "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
             "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},

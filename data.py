@@ -1426,8 +1426,9 @@ class Completions:
         return digest.hexdigest()
 
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-           2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)     # 97.5 % quantiles; 1, 2, ... degrees of freedom
+# Student's t: 97.5 % quantiles, of 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+           2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def student(n):
@@ -1546,7 +1547,8 @@ class MetaTasks:
 class Alphabets:
     """Draws multi-shot tasks: an alphabet is a task, N of its characters the classes, each with a number of training drawings
     of its own, from shots[0] to shots[1]; Q other drawings of each are held out. Training goes by `steps` batches of B images,
-    picked at random, with replacement, from the task's training drawings. (LEAP's protocol: Flennerhag et al., ICLR 2019.)
+    picked at random, with replacement, from the task's training drawings. (After LEAP's protocol: Flennerhag et al., ICLR
+    2019; modgrad_multishot.py says where its code differs.)
 
     Task fields here: support_x (steps, B, 1, S, S) and support_y (steps, B), a batch a step; query_x (N*Q, 1, S, S) and query_y
     (N*Q,), the held-out drawings; mode: number of the alphabet within the split. Every image is turned by any angle, moved by

@@ -135,7 +135,9 @@ def get_args(argv=None):
         if layer not in ("all", *LAYERS, "head"):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
     for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"], "cnp": ["rank", "first_order", "inner_clip"]}[args.algorithm]:
-        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
+        if getattr(args, key) != defaults[key]:
+            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
+        setattr(args, key, defaults[key])               # and does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default

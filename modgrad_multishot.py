@@ -144,7 +144,9 @@ def get_args(argv=None):
     if not 1 <= args.shots[0] <= args.shots[1]:
         fail(f"--shots {args.shots[0]} {args.shots[1]}: give two numbers from 1 on, the smaller one first")
     for key in {"modgrad": [], "maml": ["rank", "context"]}.get(args.algorithm, ["rank", "context", "first_order"]):
-        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
+        if getattr(args, key) != defaults[key]:
+            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
+        setattr(args, key, defaults[key])               # and does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
     args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
     if args.out is None:                                # named by its method and what is not default

@@ -145,7 +145,9 @@ def get_args(argv=None):
     if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
         fail(f"--algorithm modgrad --adapt {' '.join(args.adapt)}: a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}")
     for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"]}[args.algorithm]:
-        setattr(args, key, defaults[key])               # what an algorithm does not use does not make it another run
+        if getattr(args, key) != defaults[key]:
+            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
+        setattr(args, key, defaults[key])               # and does not make it another run
     if args.fisher_fraction > 1:
         fail(f"--fisher-fraction {args.fisher_fraction}: give a share of the tasks, at most 1")
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])

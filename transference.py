@@ -420,7 +420,8 @@ def histogram(found, file, about):
             axis.hist(np.clip(np.ravel(row["LR"]), bins[0], bins[-1]), bins, alpha=0.45, density=True,
                       label=f"{row['state']}: {', '.join(parts)}")
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(xlabel="loss ratio LR: below 1 the source task helped (tails in the outermost bars)", ylabel="density of (source, target) pairs", title=moment)
+        axis.set(xlabel="loss ratio LR: below 1 the source task helped (tails in the outermost bars)",
+                 ylabel="density of (source, target) pairs", title=moment)
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.suptitle(textwrap.fill(about, 70 * len(moments)), fontsize="medium")
     figure.savefig(file, dpi=110)
@@ -480,7 +481,8 @@ def main():
         other = places.setdefault((state.label, state.iteration), state)
         if other.folder != state.folder:
             differ = [k for k in vars(other.options) if getattr(state.options, k, None) != getattr(other.options, k)]
-            fail(f"{other.folder} and {state.folder} are both called {state.label} (they differ in {' '.join(differ) or 'nothing'}): measure them apart")
+            fail(f"{other.folder} and {state.folder} are both called {state.label} (they differ in {' '.join(differ) or 'nothing'}): "
+                 "measure them apart")
         if state.folder.is_dir() and not (state.folder / "result.json").exists():
             print(f"note: {state.folder} is not finished; half and final are of the {state.of:,} iterations that there are", file=sys.stderr)
     args.source, args.target = (canonical_mode(mode, args.data_root) for mode in (args.source, args.target))
@@ -488,7 +490,7 @@ def main():
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
     options = runs[0][1].options
     about = (f"{'SYNTHETIC ' * options.synthetic}{args.source} (training classes) to {args.target} (test classes), {options.ways}-way "
-               f"{options.shots}-shot, {options.image_size} px, {args.source_tasks} source and {args.target_tasks} target tasks")
+             f"{options.shots}-shot, {options.image_size} px, {args.source_tasks} source and {args.target_tasks} target tasks")
     source_episodes, sources = tasks_of(args, options, args.source, "train", args.source_tasks)
     target_episodes, targets = tasks_of(args, options, args.target, "test", args.target_tasks)
     _, validation = tasks_of(args, options, args.target, "val", args.target_tasks)
@@ -512,7 +514,7 @@ def main():
                         "base": float(np.median(base))}
         found.append(row)
         measured.append((ratios, gains))
-        save(args, options, about, found, {})                      # what is measured is kept, whatever comes
+        save(args, options, about, found, {})               # what is measured is kept, whatever comes
         if args.sweep:
             row["sweep"] = {str(factor): describe(*measure(state, few, targets, factor * alpha, args.update)) for factor in SWEEP}
         if args.matrix is not None:
@@ -535,15 +537,15 @@ def main():
                     (f"source task {worst}, the worst, LR {LR[worst, 0]:.4f}: {names(source_episodes, worst)}",
                      single(sources)[worst])], out / "transference-tasks.png")
         if along:
-            curves(along, out / "transference-training.png", f"{about}; each state with the step size chosen for it" * (args.alpha == "auto")
-                   or about)
+            curves(along, out / "transference-training.png", about + "; each state with the step size chosen for it" * (args.alpha == "auto"))
     print(f"\nwritten to {out}: transference.json{', figures' * figures}", file=sys.stderr)
 
 
 def save(args, options, about, found, along):
     setting = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "checkpoint")}
-    record = {"about": about, "setting": setting, "synthetic": options.synthetic, "modes": options.modes, "shots": options.shots,
-              "image_size": options.image_size, "found": found, "along": along}
+    git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
+    record = {"about": about, "setting": setting, "commit": os.popen(git).read().strip(), "synthetic": options.synthetic,
+              "modes": options.modes, "shots": options.shots, "image_size": options.image_size, "found": found, "along": along}
     atomic_write(Path(args.out) / "transference.json", json.dumps(record, allow_nan=False))
 
 
