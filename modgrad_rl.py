@@ -415,15 +415,18 @@ def cell(params, name, v):
 
 
 def modulation(params, v, like):
-    """The generator: context v -> M, a factor >= 0 for each entry of the parameters `like`  (Eq. 8, then ReLU)."""
+    """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
+
+    Kernels' are >= 0. A bias has no outer product to be cut off, so its factors may have any sign.
+    """
     M = {}
     for k, w in like.items():
         layer, part = k.rsplit(".", 1)
         if part == "weight":
-            M[k] = torch.outer(cell(params, f"generator.{layer}.rows", v), cell(params, f"generator.{layer}.cols", v))
+            rows, cols = (cell(params, f"generator.{layer}.{factor}", v) for factor in ("rows", "cols"))
+            M[k] = F.relu(torch.outer(rows, cols)).view(w.shape)
         else:
             M[k] = cell(params, f"generator.{layer}.{part}", v)
-        M[k] = F.relu(M[k]).view(w.shape)
     return M
 
 
