@@ -3892,7 +3892,7 @@ def test_readme_shows_the_measured_speeds():
                 rows = table(record[part], args).split("\n")
                 assert set(rows) <= set(readme), path
                 shown += len(rows) - 2
-    assert shown == 6 + 2 + 12
+    assert shown == 6 + 2 + 12 + 8
 
 
 def test_committed_tables_are_those_of_the_result_files(tmp_path):
