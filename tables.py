@@ -474,8 +474,8 @@ MULTISHOT_OPTIONS = {"rank": 5, "context": 300, "inner_clip": 20.0, "first_order
 
 def multishot_tables(folders, out, figures):
     """The runs of modgrad_multishot.py under the folders -> parts of tables.md: ModGrad's Figure 5, one for each budget; appends to
-    `figures` (function, its arguments)."""
-    groups, parts, methods = {}, [], list(modgrad_multishot.METHODS.values())
+    `figures` (function, its arguments). Runs in a folder called `trials` are trials of step sizes on validation alphabets."""
+    groups, trials, parts, methods = {}, {}, [], list(modgrad_multishot.METHODS.values())
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = json.loads(file.read_text())
@@ -486,6 +486,10 @@ def multishot_tables(folders, out, figures):
             idle = ("adapt",) if args["algorithm"] == "modgrad" else ("adapt", "rank", "context")      # layers are in the method's name
             options = {k: args[k] for k, v in usual.items() if k not in idle and args.get(k, v) != v}
             budget = tuple((k, run["iterations"] if k == "iterations" else args[k]) for k in MULTISHOT_BUDGET)
+            if "trials" in file.parts:
+                trials.setdefault((tuple(run["modes"]), run["synthetic"], tuple(run["shots"]), budget), []).append(
+                    {"file": file, "method": run["method"], "options": options, "seed": None, "alpha": args["alpha"]})
+                continue
             runs = groups.setdefault((tuple(run["modes"]), run["synthetic"], tuple(run["shots"]), run["test_tasks"], budget), {})
             name = label({"method": run["method"], "options": options, "seed": None})
             if name in runs:
@@ -516,8 +520,7 @@ def multishot_tables(folders, out, figures):
         columns |= {"training loss": lambda row, f=spread: f(row[1]["loss"], 3), "s an iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}"}
         differences = {"difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}", "inductive": against("per_task_inductive"),
                        "paper protocol": against("per_task"), "training loss": against("per_task_loss", 3)}
-        words = ["Synthetic images"] * synthetic + [f"{budget[k]} {MULTISHOT_UNITS[k]} instead of {v}"
-                                                    for k, v in MULTISHOT_BUDGET.items() if budget[k] != v]
+        words = multishot_words(synthetic, budget)
         parts.append(
             f"### Multi-shot, {' + '.join(modes)}, {budget['ways']}-way, {shots[0]} to {shots[1]} shots\n\n" + "".join(f"**{x}.** " for x in words)
             + f"{tasks:,} test tasks; accuracy in % on held-out drawings after {K} steps, and after fewer (paper protocol); training loss: the mean of "
@@ -528,7 +531,16 @@ def multishot_tables(folders, out, figures):
             slug = [*["synthetic"] * synthetic, "+".join(modes), f"{shots[0]}to{shots[1]}", *(f"{k}{budget[k]}" for k, v in MULTISHOT_BUDGET.items() if budget[k] != v)]
             figures.append((against_steps, dict(rows), "; ".join(words), out / f"modgrad-multishot-{'-'.join(slug).replace('_', '')}-{tasks}tasks.png"))
             parts.append(f"![Training loss and accuracy against steps]({figures[-1][-1].name})\n")
+    for (modes, synthetic, shots, budget), runs in sorted(trials.items()):
+        setting = f"multi-shot, {' + '.join(modes)}, {dict(budget)['ways']}-way, {shots[0]} to {shots[1]} shots"
+        about = " ".join(f"**{x}.**" for x in multishot_words(synthetic, dict(budget))) + " Intervals over alphabets."
+        parts.append(trials_block(runs, setting, about))
     return parts
+
+
+def multishot_words(synthetic, budget):
+    """What of a run's budget is not the protocol's, a list."""
+    return ["Synthetic images"] * synthetic + [f"{budget[k]} {MULTISHOT_UNITS[k]} instead of {v}" for k, v in MULTISHOT_BUDGET.items() if budget[k] != v]
 
 
 def against_steps(runs, about, file):
@@ -668,14 +680,15 @@ def against_shots(runs, file):
     plt.close(figure)
 
 
-def trials_block(runs):
+def trials_block(runs, setting, about):
     """Trials of step sizes -> Markdown: what each method was tried with, the last validation accuracy in its log, the best bold.
-    A trial is a run in a folder called `trials`; it stands in no other table."""
-    first, found = runs[0], {}
+    A trial is a run in a folder called `trials`; it stands in no other table. Each run: {"file", "method", "options", "seed", "alpha"}."""
+    found = {}
     for run in runs:
         try:
             lines = [json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()]
-            last = [line["validation"]["paper"]["overall"] for line in lines if "validation" in line][-1]
+            last = [line["validation"] for line in lines if "validation" in line][-1]
+            last = last["accuracy"] if "accuracy" in last else last["paper"]["overall"]       # multi-shot, few-shot
         except (OSError, ValueError, KeyError, IndexError):
             fail(f"{run['file'].parent} is a trial without validation in its log: train it with --val-every, or remove it")
         name = label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}})
@@ -685,8 +698,7 @@ def trials_block(runs):
         best = max(found[name], key=lambda trial: trial[1])
         shown = [f"{alpha:g}: {mean:.2f} ± {half:.2f}" for alpha, mean, half in sorted(found[name])]
         return ", ".join(f"**{text}**" if trial is best else text for text, trial in zip(shown, sorted(found[name])))
-    return (f"### Trials of step sizes on validation classes, {' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot\n\n"
-            f"{modgrad_budget_text(first['budget'])}\n\n"
+    return (f"### Trials of step sizes on validation classes, {setting}\n\n{about}\n\n"
             + table(sorted(found), {"method": str, "size of an inner step: accuracy in %, paper protocol": cells}))
 
 
@@ -702,7 +714,9 @@ def modgrad_tables(found, out, figures):
             print(f"note: {run['file']} repeats {group[label(run)]['file']} and is left out", file=sys.stderr)
         group.setdefault(label(run), run)
     parts = [modgrad_block(list(groups[key].values())) for key in sorted(groups, key=str)]
-    parts += [trials_block(trials[key]) for key in sorted(trials)]
+    for _, (first, *others) in sorted(trials.items()):
+        setting = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
+        parts.append(trials_block([first, *others], setting, modgrad_budget_text(first["budget"])))
     for key in dict.fromkeys(key[:-1] for key in sorted(groups, key=str)):
         runs = [run for other, group in groups.items() if other[:-1] == key for run in group.values()]
         if len({run["shots"] for run in runs}) > 1 and importlib.util.find_spec("matplotlib"):

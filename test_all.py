@@ -2115,6 +2115,13 @@ def test_a_multishot_run_from_start_to_end(tmp_path, cache, monkeypatch, capsys)
     assert f"{expected['mean']:+.2f} ± {expected['ci95']:.2f}" in rows["ModGrad, `--context 4 --steps 3` - FOMAML, `--steps 3`"]
     (figure,) = re.findall(r"\((modgrad-multishot[^)]*)\)", made)
     assert Image.open(tmp_path / "out" / figure).size[0] > 900
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "reptile").rename(tmp_path / "trials" / "reptile")
+    validation = json.loads((tmp_path / "trials" / "reptile" / "log.jsonl").read_text().splitlines()[-1])["validation"]["accuracy"]
+    made = here("tables.py", tmp_path, "--out", tmp_path / "out").stdout
+    trial = made[made.index("### Trials of step sizes on validation classes, multi-shot, omniglot, 20-way, 1 to 15 shots"):].split("\n###")[0]
+    assert "| Reptile, `--steps 3` | **0.1: {mean:.2f} ± {ci95:.2f}** |".format(**validation) in trial
+    assert "**16 px instead of 28.**" in trial and "| Reptile" not in made.replace(trial, ""), "trials are no results"
 
 
 def test_the_multishot_table_shows_the_papers_numbers(tmp_path, cache, monkeypatch):
