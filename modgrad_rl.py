@@ -30,9 +30,9 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
 The paper keeps its RL variant in a supplement that is not public. Chosen here: cells on both hidden layers; v of 128 entries and
 u = 5 as in its regression; Eq. 9's loss after the trial step is taken on the same rollouts, corrected by the ratio of new to old
 probabilities (no rollouts more than the rivals have); a step size of 30, with which the first steps are about as long as MAML's:
-M is 0.0005 to 0.005 in kernels and 0.02 in biases to begin with, where it is not 0, and with the 0.1 of its other experiments the
-policy does not move. Known weakness: before Eq. 9 all tasks share v = 0 and so which entries of M are cut off; an outer step that takes
-one past zero lets v jump in most tasks, and the line search gives the step up (README, 2D navigation).
+M is 0.0004 to 0.005 in kernels, where it is not 0, and 0.02 in biases to begin with, and with the 0.1 of its other experiments the
+policy does not move. (ReLU is for kernels' M. On that of biases, which is no product, it made line searches fail: before Eq. 9 all tasks
+have v = 0 and so share what ReLU cuts off, and an outer step that takes one such entry past zero lets v jump in most tasks.)
 """
 import argparse
 import hashlib
