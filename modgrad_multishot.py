@@ -523,7 +523,7 @@ def report(result, args):
               ("inductive", "accuracy_inductive"), ("paper protocol", "accuracy"))) + f"; {TABLE}: {paper}" * bool(paper))
     print("steps             " + "".join(f"{k:8}" for k in after["steps"]))
     print("accuracy after    " + "".join(f"{x:8.2f}" for x in after["mean"]))
-    print("loss of last batch" + "".join(f"{curve['mean'][k - 1]:8.3f}" for k in after["steps"]) + "    (before its step)")
+    print("loss of last batch" + "".join(f"{x:8.3f}" if x < 1000 else f"{x:8.1e}" for x in (curve["mean"][k - 1] for k in after["steps"])) + "    (before its step)")
 
 
 def main():

@@ -612,12 +612,13 @@ def rl_tables(folders, out, figures):
             other[:2] = [f"{first['budget']['iterations']:,} iterations of {first['budget']['meta_batch']} tasks instead of 500 of 40"]
         heads = ["before", *(f"after {k} update{'s' * (k > 1)}" for k in range(1, updates))]
         columns = {"method": label} | {head: lambda run, k=k, score=score: score(run["scores"][k]) for k, head in enumerate(heads)}
+        columns |= {"gain of 1 update": lambda run, score=score: score(run["scores"][1] - run["scores"][0], "+")}
         columns |= {"ModGrad's Figure 8, after 1 update": lambda run, env=env: modgrad_rl.PAPER.get(run["method"], {}).get(env, "-"),
                     "s an iteration": lambda run: f"{run['seconds_per_iteration']:.2g}"}
         ours = [run for run in runs if label(run, False) == "ModGrad"]
         pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
         text = (f"### Reinforcement learning, {env}\n\n" + "".join(f"**{x}.** " for x in other)
-                + f"{first['test_tasks']:,} test tasks; return of a rollout, not discounted, 95 % interval over tasks.\n\n" + table(runs, columns))
+                + f"{first['test_tasks']:,} test tasks; return of a rollout, not discounted, 95 % interval over tasks; gain: task by task.\n\n" + table(runs, columns))
         if pairs:
             text += "\n" + table(pairs, {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}"} | {
                 head: lambda pair, k=k, score=score: score(pair[0]["scores"][k] - pair[1]["scores"][k], "+") for k, head in enumerate(heads)})

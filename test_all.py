@@ -1182,6 +1182,8 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
                             "**4 rollouts instead of 20.** **8 steps instead of 100.** **6 units instead of 100.** 5 test tasks;")
     pair = [np.array(json.loads((tmp_path / name / "result.json").read_text())["per_task"][1]) for name in ("modgrad", "maml")]
     assert f"| {(pair[0] - pair[1]).mean():+.2f} ±" in next(line for line in table.splitlines() if line.startswith("| ModGrad - MAML"))
+    before, after = json.loads((tmp_path / "maml" / "result.json").read_text())["per_task"][:2]
+    assert f"| {np.subtract(after, before).mean():+.2f} ±" in next(line for line in table.splitlines() if line.startswith("| MAML |"))
     (figure,) = (tmp_path / "out").glob("rl-navigation-*.png")
     assert Image.open(figure).size[0] > 500
 
