@@ -3739,6 +3739,7 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
                       "--test-tasks", "12", "--val-tasks", "12", "--report-tasks", "2", "--cache-dir", cache]
             words += [] if "--out" in words else ["--out", str(tmp_path / str(number))]
         elif words[0] == "modgrad_completion.py":
+            words += ["--synthetic"] * ("--picture" not in words)
             words += ["--iterations", "4", "--image-size", "11", "--hidden", "4", "--test-tasks", "10", "--cache-dir", cache]
         elif words[0] == "modgrad_rl.py":
             if "cheetah-dir" in words:
@@ -3876,7 +3877,8 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
 
 
 @pytest.mark.parametrize("head, least, numbers", [("### Transference between tasks", 12, 8), ("### Attentive feature reuse on real images", 14, 5),
-                                                  ("### Attentive feature reuse on ray-cast scenes", 6, 5)])
+                                                  ("### Attentive feature reuse on ray-cast scenes", 6, 5), ("### 2D navigation", 13, 4),
+                                                  ("### Half-cheetah, forwards or backwards", 9, 2)])
 def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
     readme = (HERE / "README.md").read_text()
     section = re.split(r"\n###? ", readme[readme.index(head):])[0]
