@@ -502,7 +502,7 @@ def multishot_tables(folders, out, figures):
     for (modes, synthetic, shots, tasks, budget), runs in sorted(groups.items()):
         budget = dict(budget)
         K, known = budget["test_steps"], modes == ("omniglot",) and not synthetic and (budget["ways"], budget["test_steps"]) == (20, 100)
-        rows = sorted(runs.items(), key=lambda row: (methods.index(row[1]["method"].split(" on ")[0]), row[0]))
+        rows = sorted(runs.items(), key=lambda row: (methods.index(row[1]["method"].split(" on ")[0]), row[1]["method"], row[0]))
 
         def spread(value, digits=2, sign=""):
             return "{:{}.{d}f} ± {:.{d}f}".format(value["mean"], sign, value["ci95"], d=digits)
@@ -548,19 +548,20 @@ def against_steps(runs, about, file):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for name, run in runs.items():
         name = name.replace("`", "")
         mean, half = (np.array(run["curve"][k]) for k in ("mean", "ci95"))
         left.plot(range(len(mean)), mean, label=name, linewidth=1.3)
         left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
         right.errorbar(run["after"]["steps"], run["after"]["mean"], run["after"]["ci95"], marker="o", capsize=2, label=name)
-    left.set(xlabel="steps made", ylabel="loss of the next training batch")
+    top = 1.2 * max(run["curve"]["mean"][0] for run in runs.values())      # what diverges leaves the picture
+    left.set(xlabel="steps made", ylabel="loss of the next training batch", ylim=(0, top))
     right.set(xlabel="steps made", ylabel="accuracy on held-out drawings, %, paper protocol", xscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.suptitle(f"Alphabets not trained on{'; ' * bool(about)}{about}", fontsize="medium")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=3)
+    figure.suptitle(f"Alphabets not trained on\n{about}".strip(), fontsize="medium")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

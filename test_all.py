@@ -3878,7 +3878,8 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
 
 @pytest.mark.parametrize("head, least, numbers", [("### Transference between tasks", 12, 8), ("### Attentive feature reuse on real images", 14, 5),
                                                   ("### Attentive feature reuse on ray-cast scenes", 6, 5), ("### 2D navigation", 13, 4),
-                                                  ("### Half-cheetah, forwards or backwards", 9, 2)])
+                                                  ("### Half-cheetah, forwards or backwards", 9, 2),
+                                                  ("### Multi-shot learning on real alphabets", 20, 2)])
 def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
     readme = (HERE / "README.md").read_text()
     section = re.split(r"\n###? ", readme[readme.index(head):])[0]
