@@ -3804,8 +3804,13 @@ def test_committed_results_are_whole():
         assert result["synthetic"] is ("scenes" in result.get("modes", ())), "ray-cast scenes are said to be synthetic, and nothing else is here"
         if rl:
             assert result["returns"] == [modgrad_rl.summary(np.array(row)) for row in result["per_task"]]
-        for key, tasks in () if rl else (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive")):
-            if result[tasks] is not None:
+        elif "pixels" in result:
+            assert result["error"] == modgrad_completion.summary(np.array(result["per_task"]))
+        scored = () if rl or "pixels" in result else (("accuracy", "per_task"), ("accuracy_inductive", "per_task_inductive"))
+        for key, tasks in scored:
+            if "curve" in result:                           # multi-shot: means of alphabets' means
+                assert result[key] == modgrad_multishot.summary(np.array(result[tasks]), np.array(result["per_task_alphabet"]))
+            elif result[tasks] is not None:
                 values, strata = np.array(result[tasks]), result.get("strata", result["modes"])
                 found = afr.summary(values, strata, result["domains"]) if reuse else kml.summary(values, strata)
                 assert {k: found[k] for k in result[key]} == result[key]
@@ -3813,6 +3818,8 @@ def test_committed_results_are_whole():
         assert result["versions"]["commit"]
         assert (path.parent / "log.jsonl").exists()
         setting = (result["env"], result["test_tasks"]) if rl else (
+            *result["modes"], result["pixels"], result["order"], result["test_tasks"]) if "pixels" in result else (
+            *result["modes"], result["ways"], *result["shots"], result["test_tasks"]) if "curve" in result else (
             *result["modes"], result["ways"], result["shots"], result["test_tasks"], *(result["args"]["tasks"] if reuse else ["classification"]))
         assert hashes.setdefault(setting, result["tasks_sha256"]) == result["tasks_sha256"], "not the same test tasks"
 
