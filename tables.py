@@ -447,7 +447,7 @@ def completion_tables(folders):
 
         def published(name, order, known=known):
             numbers = modgrad_completion.PAPER.get("".join(name), {})
-            return f" ({numbers[order]:.3f})" if known and order in numbers else ""
+            return f" ({numbers[order[::-1]]:.3f})" if known and order[::-1] in numbers else ""
 
         def against(name, order, cells=cells, score=score):
             pair = [cells.get((x, order)) for x in (("ModGrad", name[1]), name)]

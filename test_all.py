@@ -3886,7 +3886,7 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
 @pytest.mark.parametrize("head, least, numbers", [("### Transference between tasks", 12, 8), ("### Attentive feature reuse on real images", 14, 5),
                                                   ("### Attentive feature reuse on ray-cast scenes", 6, 5), ("### 2D navigation", 13, 4),
                                                   ("### Half-cheetah, forwards or backwards", 9, 2),
-                                                  ("### Multi-shot learning on real alphabets", 20, 2)])
+                                                  ("### Multi-shot learning on real alphabets", 20, 2), ("### Image completion on real faces", 11, 4)])
 def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
     readme = (HERE / "README.md").read_text()
     section = re.split(r"\n###? ", readme[readme.index(head):])[0]
@@ -3898,6 +3898,14 @@ def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, 
     said = re.findall(r"[+-]?\d+\.\d+ (?:± \d+\.\d+|\(\S+ to \S+\))", text)
     assert len(said) >= numbers
     assert not [number for number in said if number not in "\n".join(lines)], "what the text says stands in its tables"
+
+
+def test_the_completion_table_shows_the_papers_numbers():
+    table = (RESULTS / "tables.md").read_text()
+    table = table[table.index("### Image completion, celeba"):]
+    for method, numbers in modgrad_completion.PAPER.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| {method} |"))
+        assert re.findall(r"\((\S+)\)", row) == [f"{numbers[k]:.3f}" for k in ((10, "random"), (100, "random"), (10, "ordered"), (100, "ordered"))]
 
 
 def test_readme_shows_the_measured_speeds():
