@@ -133,7 +133,7 @@ def read_run(file):
         protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
         return {"method": method, "modes": modes, "family": family, "options": options, "seed": args["seed"],
                 "ways": run["ways"], "shots": run["shots"], "file": file, "data": dict(zip(modes, images_of(run))),
-                "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
+                "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")), "note": run.get("note"),
                 "budget": tuple((k, args.get(k, v)) for k, v in BUDGET.items())
                 + (("steps", "paper" if done == steps else done), ("synthetic", run["synthetic"])),
                 "scores": {protocol: {mode: np.array(x[m::len(modes)]) for m, mode in enumerate(modes)}
@@ -308,7 +308,7 @@ def block(runs, singles):
 
     counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
     about = [budget_text(first["budget"], first["family"]), first.get("common", ""), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
-             "accuracy in %, 95 % interval over tasks."]
+             "accuracy in %, 95 % interval over tasks.", *sorted({run["note"] for run in runs if run.get("note")})]
     compared = pairs(rows, methods)
     return (f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
             + "".join(f"\n{more}" for more in (table(compared, differences) if compared else "", by_seed(rows, methods[0], modes))

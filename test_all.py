@@ -3927,6 +3927,8 @@ def test_committed_tables_are_those_of_the_result_files(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "tables.md").read_text()
     assert text == (RESULTS / "tables.md").read_text()
+    notes = {json.loads(path.read_text()).get("note", "") for path in RESULTS.glob("**/result.json")} - {""}
+    assert notes and all(note in text for note in notes), "how a run departed from its command is said beside its numbers"
     by_seed = text[text.index("| configuration"):].split("\n\n")[0]
     assert by_seed in (HERE / "README.md").read_text()
     assert all((RESULTS / file).exists() for file in re.findall(r"\((curves[^)]*)\)", text))
