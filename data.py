@@ -1335,6 +1335,19 @@ class Episodes:
                     query.div_(255).view(count, N * Q, 3, S, S), labels.repeat_interleave(Q).expand(count, -1),
                     (first + torch.arange(count)) % M)
 
+    def repeated(self, iteration, count):
+        """Draw the tasks of a training iteration as the released codes of MMAML and KML do -> like `tasks`.
+
+        There, each of the M modes loads `count` tasks (T), and the T tasks of the iteration are drawn from these *with
+        replacement*, T / M from each mode. So of 10 tasks 8.2 differ on average with two modes, and 6.5 with one.
+        """
+        M, first = len(self.modes), iteration * count
+        rng = torch.Generator().manual_seed(1_000_003 * self.seed + iteration)
+        drawn = torch.randint(count, (count,), generator=rng).tolist()
+        numbers = [(first + at) * M + (first + place) % M for place, at in enumerate(drawn)]
+        tasks = [self.tasks(number, 1) for number in numbers]
+        return Task(*(torch.cat(parts) for parts in zip(*tasks)))
+
     def everything(self, number):
         """All images of the classes of task `number`, with their labels in it -> (n, 3, S, S), (n,)."""
         m, S = number % len(self.modes), self.size

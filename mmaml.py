@@ -10,9 +10,10 @@ photographs), that is much to ask. So MMAML's small second network looks at the 
 numbers v what kind of task this is, and from v makes a scale and a shift for each channel of each layer:
     Y^_i = (1 + scale_i(v)) * Y_i + shift_i(v)        Y_i: channel i of a layer, after BatchNorm
 For a bare convolution that is one factor for all 9 * C_in entries of kernel i (Eq. 5): FiLM turns a filter up
-or down. (In kml.py each entry has its own.) theta adapts by gradient steps, scale and shift stay. FiLM has to
-come *after* BatchNorm: on the convolution's own output BatchNorm would undo it at once, subtracting the shift
-with the channel's mean and dividing the scale out with its deviation.
+or down. (In kml.py each entry has its own.) theta adapts by gradient steps *under* a fixed scale and shift
+(with --adapt modulated, these step too). FiLM has to come *after* BatchNorm: on the convolution's own output
+BatchNorm would undo it at once, subtracting the shift with the channel's mean and dividing the scale out with
+its deviation.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -56,6 +57,7 @@ TABLE, PAPER = "KML's Table 1", {    # overall accuracy in %, 5 ways, (1-shot, 5
     "MMAML+KML": {"FM": (40.73, 53.72), "MO": (68.01, 77.02), "FMO": (57.68, 67.12), "ACFMO": (50.31, 60.51)}}
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 8, "channels": 1, "meta_batch": 1, "log_every": 1,
          "save_every": 1, "test_tasks": 2, "val_tasks": 2}      # of arguments that are numbers; else 0
+SHOWN = ("modulation", "ways", "shots", "image_size", "seed", "synthetic")      # what a report says anyway
 
 
 def get_args(argv=None):
@@ -71,11 +73,15 @@ def get_args(argv=None):
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
     p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next (C: 32)")
     p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: so)")
+    p.add_argument("--adapt", default="theta", choices=("theta", "modulated"),
+                   help="what inner steps change: theta under FiLM, or scale and shift too (C: theta)")
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size (C: 0.05)")
     p.add_argument("--inner-clip", type=float, default=20.0, help="of their gradient's entries (C: 20)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (C: no)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
+    p.add_argument("--repeat-tasks", action="store_true",
+                   help="draw an iteration's tasks with replacement (C: yes, at test too)")
     p.add_argument("--iterations", type=int, default=60000, help="updates of all parameters (C: 60000)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
     p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never (C: never)")
@@ -103,10 +109,16 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.method = METHODS[args.modulation]
-    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    if args.adapt == "modulated" and args.modulation == "none":
+        fail("--adapt modulated --modulation none: plain MAML has nothing modulated; leave one of them out")
+    changed = {k: v for k, v in identity(args).items() if k != "modes" and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {v}" for flag, v in flags.items()]
+    mark = ["SYNTHETIC"] if args.synthetic else []
+    args.title = " ".join([args.method, *mark, "+".join(args.modes), *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -227,7 +239,7 @@ def init_params(args):
 # ------------------------------------------------------------------------------------------------- algorithm
 
 def task_loss(params, task, args, evaluate=False):
-    """ONE task: infer what kind it is, modulate, adapt to the support set, be judged on the query set.
+    """ONE task: infer what kind it is, modulate, adapt to the support set, be evaluated on the query set.
 
     Returns the query loss, whose gradient trains everything (encoder and generator have no other teacher),
     the query logits (N*Q, N) and, if `evaluate`, the inductive ones. Numbers: lines of KML's Algorithm 2.
@@ -236,25 +248,27 @@ def task_loss(params, task, args, evaluate=False):
     if args.modulation != "none":
         v = encode_task(params, task.support_x)                                     # 5: v = h(S)
         omega = modulation(params, v)                                               # 6: omega = g(v)
-    fast = modulate(theta, omega)                                                   # 7: theta^
+    if args.adapt == "modulated":                       # the other reading: the steps change the product
+        theta, omega = modulate(theta, omega), {}
 
-    def support_loss(adapted):
-        logits, _ = forward(fast | adapted, task.support_x)
+    def support_loss(theta):
+        logits, _ = forward(modulate(theta, omega), task.support_x)                 # 7: theta-hat
         return F.cross_entropy(logits, task.support_y)
-    # MAML's inner loop: a few gradient steps on theta's keys, from theta^, for this task only; omega stays.
+    # MAML's inner loop: a few gradient steps on theta, for this task only, while omega stays what it is.
     # The steps stay in the graph: the query loss is differentiated through them (that is second order).
     for _ in range(args.inner_steps):                                               # 8: adapt to S
-        grads = torch.func.grad(support_loss)({k: fast[k] for k in theta})
+        grads = torch.func.grad(support_loss)(theta)
         for k, g in grads.items():
             g = (g.detach() if args.first_order else g).clamp(-args.inner_clip, args.inner_clip)
-            fast = fast | {k: fast[k] - args.inner_lr * g}
+            theta = theta | {k: theta[k] - args.inner_lr * g}
 
-    logits, _ = forward(fast, task.query_x)
+    adapted = modulate(theta, omega)
+    logits, _ = forward(adapted, task.query_x)
     loss = F.cross_entropy(logits, task.query_y)                                    # 8: loss on Q
     if not evaluate:
         return loss, logits
-    _, stats = forward(fast, task.support_x)
-    return loss, logits, forward(fast, task.query_x, stats)[0]
+    _, stats = forward(adapted, task.support_x)
+    return loss, logits, forward(adapted, task.query_x, stats)[0]
 
 
 # ============================================================================================================
@@ -307,7 +321,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title")
+             "official", "title", "variant")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -345,7 +359,8 @@ def train(params, args, checkpoint, stop):
         while not ending:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
+            batch = episodes.repeated(done, T) if args.repeat_tasks else episodes.tasks(done * T, T)
+            losses, accuracies = run_tasks(params, batch, args, args.device != "cpu")
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
@@ -388,8 +403,12 @@ def train(params, args, checkpoint, stop):
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = set(args.modes) <= set(LAYOUTS) and args.ways == 5 and args.shots in (1, 5) and not args.synthetic
+    """Print what was measured, under which protocol, with its interval.
+
+    The paper's number stands beside it only where the run is that cell of the paper's table.
+    """
+    same = args.ways == 5 and args.shots in (1, 5) and args.image_size == 84 and not args.variant
+    known = same and set(args.modes) <= set(LAYOUTS) and not args.synthetic
     setting = "".join(sorted(mode[0].upper() for mode in args.modes))       # MO: miniimagenet, omniglot
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "

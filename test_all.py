@@ -268,20 +268,51 @@ def test_first_order_holds_the_inner_gradients_constant():
     assert not torch.allclose(again["conv4.weight"].grad, params["conv4.weight"].grad, rtol=1e-2)
 
 
+def adapted_by_hand(module, theta, omega, task, clip):
+    """Two inner steps of size 0.1 on `theta` under a fixed omega, by torch.autograd.grad -> the parameters for the queries."""
+    for _ in range(2):
+        logits, _ = module.forward(module.modulate(theta, omega), task.support_x)
+        grads = torch.autograd.grad(F.cross_entropy(logits, task.support_y), list(theta.values()), create_graph=True)
+        theta = {k: theta[k] - 0.1 * g.clamp(-clip, clip) for k, g in zip(theta, grads)}
+    return module.modulate(theta, omega)
+
+
 @pytest.mark.parametrize("module, modulation", MODULATED_MAML)
-def test_inner_loop_adapts_the_base_network_and_holds_omega(module, modulation):
+@pytest.mark.parametrize("adapt", ["theta", "modulated"])
+def test_what_the_inner_loop_adapts(module, modulation, adapt):
     """The whole of task_loss, written again with torch.autograd.grad; and the clamp of the inner gradients."""
     for clip in (20, 1e-3):
-        args, params = make_params(module, modulation, "--inner-lr", 0.1, "--inner-clip", clip)
-        task = make_task()
+        args, params = make_params(module, modulation, "--inner-lr", 0.1, "--inner-clip", clip, "--adapt", adapt)
+        task, theta = make_task(), module.group(params, "base")
         omega = module.modulation(params, module.encode_task(params, task.support_x))
-        fast = module.modulate(module.group(params, "base"), omega)
-        adapted = list(module.group(params, "base"))
-        for _ in range(2):
-            loss = F.cross_entropy(module.forward(fast, task.support_x)[0], task.support_y)
-            grads = torch.autograd.grad(loss, [fast[k] for k in adapted], create_graph=True)
-            fast = fast | {k: fast[k] - 0.1 * g.clamp(-clip, clip) for k, g in zip(adapted, grads)}
-        torch.testing.assert_close(module.task_loss(params, task, args)[1], module.forward(fast, task.query_x)[0])
+        if adapt == "modulated":
+            theta, omega = module.modulate(theta, omega), {}
+        adapted = adapted_by_hand(module, theta, omega, task, clip)
+        loss, logits = module.task_loss(params, task, args)
+        torch.testing.assert_close(logits, module.forward(adapted, task.query_x)[0])
+        found = torch.autograd.grad(loss, params["encoder.linear.weight"])[0]
+        wanted = F.cross_entropy(module.forward(adapted, task.query_x)[0], task.query_y)
+        torch.testing.assert_close(found, torch.autograd.grad(wanted, params["encoder.linear.weight"])[0])
+
+
+def test_a_step_of_theta_under_m_is_a_step_of_the_kernels_by_the_square_of_1_plus_m():
+    """kml.py's docstring; and with M of 0.3 the two readings of --adapt do not predict the same."""
+    args, params = make_params(kml, "kml", "--inner-steps", 1, "--inner-lr", 0.1)
+    other, _ = make_params(kml, "kml", "--inner-steps", 1, "--inner-lr", 0.1, "--adapt", "modulated")
+    for k, w in params.items():
+        if k.endswith(("rows.bias", "cols.bias")):
+            w.data.fill_(0.3 ** 0.5)
+    task, theta = make_task(), kml.group(params, "base")
+    omega = kml.modulation(params, kml.encode_task(params, task.support_x))
+    start = {k: w.detach().requires_grad_() for k, w in kml.modulate(theta, omega).items()}
+    loss = F.cross_entropy(kml.forward(start, task.support_x)[0], task.support_y)
+    grads = dict(zip(start, torch.autograd.grad(loss, list(start.values()))))
+    rate = {k: (1 + omega[k].view(w.shape)) ** 2 if k in omega and "weight" in k else 1.0 for k, w in start.items()}
+    ends = {k: w - 0.1 * rate[k] * grads[k] for k, w in start.items()}
+    torch.testing.assert_close(kml.task_loss(params, task, args)[1], kml.forward(ends, task.query_x)[0])
+    plain = {k: w - 0.1 * grads[k] for k, w in start.items()}
+    torch.testing.assert_close(kml.task_loss(params, task, other)[1], kml.forward(plain, task.query_x)[0])
+    assert not torch.allclose(kml.task_loss(params, task, args)[1], kml.task_loss(params, task, other)[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("module, modulation", MODULATED)
@@ -2349,6 +2380,22 @@ def test_episodes_have_distinct_classes_and_images_and_balanced_modes(cache):
     assert episodes(cache, modes=["omniglot", "miniimagenet", "fc100"]).tasks(7, 9).mode.bincount().tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("modes, differ", [(["miniimagenet"], 6.5), (["omniglot", "miniimagenet"], 8.2)])
+def test_repeated_tasks_are_drawn_with_replacement(cache, modes, differ):
+    """As in the released codes: of 10 tasks, 10 (1 - 0.9^10) = 6.5 differ with one mode, 2 * 10 (1 - 0.9^5) = 8.2 with two."""
+    e, found = episodes(cache, modes=modes, size=8), []
+    for iteration in range(60):
+        batch = e.repeated(iteration, 10)
+        assert batch.mode.tolist() == e.tasks(iteration * 10, 10).mode.tolist(), "modes take turns, as in any batch"
+        found.append(len({x.numpy().tobytes() for x in batch.query_x}))
+    assert abs(np.mean(found) - differ) < 0.5
+    assert np.std(found) > 0
+    again = e.repeated(59, 10)
+    assert all(torch.equal(a, b) for a, b in zip(batch, again)), "a continued run draws the same"
+    pool = {x.numpy().tobytes() for x in e.tasks(590 * len(modes), 10 * len(modes)).query_x}
+    assert {x.numpy().tobytes() for x in batch.query_x} <= pool, "from the 10 tasks of each mode that this iteration loads"
+
+
 def test_tasks_show_the_images_that_were_drawn(cache):
     e = episodes(cache, shots=2, queries=3)
     batch = e.tasks(4, 2)
@@ -2896,7 +2943,8 @@ def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
     ("--ways 1", "--ways 1: give a number from 2 on"), ("--shots 0", "--shots"), ("--shots many", "--shots"),
     ("--lr nan", "--lr"), ("--inner-lr -1", "--inner-lr"), ("--test-tasks 3", "--test-tasks"), ("--device tpu", "--device"),
     ("--modulation filme", "invalid choice"), ("--no-such-flag", "--no-such-flag"), ("--log-every 0", "--log-every"),
-    ("--seed 99999999999999999999999", "--seed"), ("--device cuda:99", "choose from cpu")])
+    ("--seed 99999999999999999999999", "--seed"), ("--device cuda:99", "choose from cpu"),
+    ("--adapt modulated --modulation none", "plain MAML has nothing modulated")])
 def test_bad_arguments(capsys, words, said):
     fails(capsys, lambda: kml.get_args(words.split()), said)
 
@@ -3045,12 +3093,28 @@ def test_quick_is_a_preset_that_flags_override(monkeypatch):
     assert kml.get_args([]).image_size == 84
 
 
+@pytest.mark.parametrize("module", [kml, mmaml])
+def test_the_papers_number_stands_beside_the_papers_run_alone(module, capsys):
+    """A variant is named in the title instead."""
+    result = {"test_tasks": 1000, "iterations": 9, "seconds_per_iteration": 1.0,
+              "accuracy": {"overall": {"mean": 70.0, "ci95": 0.5}}, "accuracy_inductive": None}
+    variants = (["--no-norm-affine"], ["--adapt", "modulated"], ["--repeat-tasks"], ["--inner-lr", "0.5"], ["--image-size", "28"])
+    for words in ([], ["--seed", "3"], *variants):
+        args = get_args(module, *words)
+        module.report(result | {"method": args.method}, args)
+        printed = capsys.readouterr().out
+        number = str(module.PAPER[args.method]["MO"][0])
+        assert (number in printed) == (words in ([], ["--seed", "3"])), words
+        if words in variants[:4]:
+            assert " ".join(words) in printed.split("\n")[1]
+
+
 def test_defaults_are_the_contract():
     """DESIGN 3 and the released code's settings (FACTS 3)."""
     args = vars(get_args(kml))
     want = {"ways": 5, "shots": 1, "queries": 15, "image_size": 84, "channels": 32, "meta_batch": 10, "iterations": 60000,
             "lr": 1e-3, "seed": 0, "test_tasks": 1000, "val_every": 0, "val_tasks": 100, "inner_steps": 5, "inner_lr": 0.05,
-            "inner_clip": 20.0, "first_order": False, "precision": "fp32", "save_every": 1000, "keep_every": 0}
+            "inner_clip": 20.0, "first_order": False, "adapt": "theta", "repeat_tasks": False, "precision": "fp32", "save_every": 1000, "keep_every": 0}
     assert want == {k: args[k] for k in want}
     assert get_args(kml, "--modes", "CIFAR", "Bird", "OmniGlot").modes == ["fc100", "cub", "omniglot"]
 
@@ -3193,7 +3257,7 @@ def test_the_diff_shows_one_idea():
     assert sum(c[4] - c[3] for c in changes) <= 25
     for script in ("mmaml.py", "kml.py"):
         lines = (HERE / script).read_text().split("\n")
-        assert len(lines) <= 451
+        assert len(lines) <= 480
         assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
     tail = {(HERE / script).read_text().split("# Below this line")[1] for script in ("mmaml.py", "kml.py", "mprotonet.py")}
     assert len(tail) == 1
