@@ -4,6 +4,7 @@
     python bench.py train --modes omniglot miniimagenet --shots 1 5 --json bench.json
     python bench.py steps --modes miniimagenet --shots 1 5
     python bench.py reuse --modes miniimagenet --shots 1 5
+    python bench.py gpu --json bench-gpu.json               # under six minutes; nothing to download
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
@@ -26,11 +27,16 @@ variants  Milliseconds of the gradients of one meta-batch, by the ways in which 
             vmap      all tasks together, each convolution a grouped one: what the scripts do on a GPU
             unfold    vmap, each convolution written as unfold and a batched matrix product
             compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
-            captured  the loop, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
+            captured  vmap, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
 
 steps     Milliseconds and memory of adapting to one task by one inner step of each algorithm of modgrad.py, at test time, beside
           MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
           first adapted one are run once a task; this one time is counted.
+
+gpu       One command for whoever has a GPU, without a data set: the card, the vmap path beside the loop and beside float64, then
+          milliseconds of one training iteration (gradients and Adam; noise images made on the card) of the four scripts at
+          the papers' shapes by the variants above, in TF32 (PyTorch's default for convolutions), bf16 and fp32. A row that
+          fails says why. In the end: which variant should be each script's default.
 
 reuse     Milliseconds of afr.py's methods beside MAML's, in training (the gradients of one meta-batch) and in testing (from a task's
           images to its query outputs, paper protocol, cross-entropy's head), and parameters beside MAML's. (The paper claims: 1.7
@@ -386,22 +392,22 @@ def prepare_variant(variant, module, options, params, batch, **compiler):
 
 
 def capture(module, options, params, batch):
-    """The loop over tasks as a CUDA graph -> gradients(batch), which sets .grad, in the same memory every time."""
+    """The vmap path as a CUDA graph -> gradients(batch), which sets .grad, in the same memory every time."""
     held = data.Task(*(x.clone() for x in batch))       # what the graph reads
 
-    def loop():
+    def together():
         for w in params.values():
-            w.grad = None                               # so that the first backward sets it, and the next ones add to it
-        module.run_tasks(params, held, options, False)
+            w.grad = None                               # so that backward sets it
+        module.run_tasks(params, held, options, True)
     side = torch.cuda.Stream()                          # PyTorch wants a few runs on another stream first
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            loop()
+            together()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loop()
+        together()
     made = {k: w.grad for k, w in params.items()}
 
     def gradients(batch):
@@ -438,6 +444,211 @@ def profile(name, args, shots):
     by = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
     print(f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot\n"
           + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
+
+
+# -------------------------------------------------------------------------------------------------------------- gpu
+GPU_SCRIPTS = {"kml": ["--modulation", "kml"], "mmaml": ["--modulation", "film"], "mprotonet": ["--modulation", "kml"],
+               "modgrad": []}                           # at the papers' meta-batches, which are the scripts' defaults
+GPU_PRECISIONS = ("tf32", "bf16", "fp32")               # tf32: PyTorch's default for convolutions
+GPU_VARIANTS = ("vmap", "captured", "loop", "unfold", "compiled")
+ROW_LIMIT = 45                                          # seconds for one row; compiling gets no more either
+
+
+def gpu_options(name, shots, precision, args, *words):
+    """A script as a module, and its arguments at the papers' shape (or, with --smoke, at a tiny one)."""
+    module = importlib.import_module(name)
+    tiny = ["--image-size", 32, "--channels", 4, "--queries", 2, "--meta-batch", 2] if args.smoke else []
+    script_precision = "bf16" if precision == "bf16" else "fp32"
+    given = [*GPU_SCRIPTS[name], *tiny, "--shots", shots, "--precision", script_precision, "--device", args.device, "--synthetic",
+             "--out", "-", *words]
+    return module, module.get_args([str(word) for word in given])
+
+
+def random_batch(options, seed, dtype=torch.float32):
+    """A meta-batch of noise images, made on the device -> Task."""
+    rng = torch.Generator(options.device).manual_seed(seed)
+    T, N, S = options.meta_batch, options.ways, options.image_size
+    images, labels = {}, {}
+    for part, each in (("support", options.shots), ("query", options.queries)):
+        images[part] = torch.rand(T, N * each, 3, S, S, generator=rng, device=options.device).to(dtype)
+        labels[part] = torch.arange(N, device=options.device).repeat_interleave(each).expand(T, -1)
+    return data.Task(images["support"], labels["support"], images["query"], labels["query"], torch.zeros(T, dtype=torch.int64))
+
+
+def set_precision(precision):
+    """TF32 for convolutions, or not. (Autocast, which `run_tasks` switches on for bf16, does not mind.)"""
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def gpu_step(variant, module, options):
+    """-> step(): one training iteration of a script by one of GPU_VARIANTS, without the sampler."""
+    params = {k: w.to(options.device).requires_grad_() for k, w in module.init_params(options).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=options.lr, fused=True)
+    batches, count = [random_batch(options, seed) for seed in (0, 1)], 0
+    if variant == "captured":
+        gradients = capture(module, options, params, batches[0])
+    else:
+        gradients = prepare_variant(variant, module, options, params, batches[0])
+
+    def step():
+        nonlocal count
+        count += 1
+        optimizer.zero_grad()
+        gradients(batches[count % 2])
+        optimizer.step()
+    return step
+
+
+def gpu_row(name, shots, precision, variant, args, rounds=10):
+    """Measure one variant of one script -> {"samples": milliseconds of each round, "peak_MiB", ...}, or {"failed": why}."""
+    row = {"script": name, "shots": shots, "precision": precision, "variant": variant}
+    if variant == "captured" and args.device == "cpu":
+        return row | {"failed": "needs a GPU"}
+    set_precision(precision)
+    begun = time.perf_counter()
+    try:
+        module, options = gpu_options(name, shots, precision, args)
+        step = gpu_step(variant, module, options)
+        if args.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            clock(step, args.device)                    # warms up, and compiles
+        row["warm_up_seconds"] = round(time.perf_counter() - begun, 2)
+        samples = []
+        while len(samples) < rounds and (not samples or time.perf_counter() - begun < ROW_LIMIT):
+            samples.append(round(clock(step, args.device), 3))
+        row |= {"meta_batch": options.meta_batch, "samples": samples}
+        if args.device != "cpu":
+            row["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    except Exception as error:  # noqa: BLE001 (whatever fails is a row, not an end)
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        torch._dynamo.reset()
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+    return row
+
+
+def row_in_a_process(name, shots, precision, variant, args):
+    """gpu_row in a process of its own, which is killed when it takes too long: compiling may."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=put_row, args=(queue, name, shots, precision, variant, args), daemon=True)
+    process.start()
+    try:
+        return queue.get(timeout=ROW_LIMIT + 15)
+    except Exception:  # noqa: BLE001 (an empty queue)
+        return {"script": name, "shots": shots, "precision": precision, "variant": variant, "failed": f"over {ROW_LIMIT + 15} s"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def put_row(queue, *given):
+    queue.put(gpu_row(*given))
+
+
+def equivalence(name, args):
+    """The vmap path beside the loop over tasks, in float32 without TF32 and in float64 -> a row of relative differences.
+
+    Each is the norm of a difference over the norm: of all losses, and of all gradients. `loop` and `vmap` are differences from
+    float64's loop, `vmap64` shows that the two paths compute the same.
+    """
+    set_precision("fp32")
+    found = {}
+    for what, dtype, together in (("loop64", torch.float64, False), ("vmap64", torch.float64, True), ("loop", torch.float32, False),
+                                  ("vmap", torch.float32, True)):
+        module, options = gpu_options(name, 1, "fp32", args, "--meta-batch", 2, "--workers", 1)
+        params = {k: w.to(options.device, dtype).requires_grad_() for k, w in module.init_params(options).items()}
+        losses, _ = module.run_tasks(params, random_batch(options, 0, dtype), options, together)
+        found[what] = losses.double(), torch.cat([w.grad.double().flatten() for w in params.values()])
+    wanted = found.pop("loop64")
+    row = {"script": name}
+    for what, pair in found.items():
+        row[what] = [((x - y).norm() / y.norm()).item() for x, y in zip(pair, wanted)]
+    row["same"] = max(row["vmap64"]) < 1e-9 and max(row["loop"] + row["vmap"]) < 1e-2
+    return row
+
+
+def gpu_plan(args):
+    """The rows in order of importance: what the scripts do today and the captured graph first, what may fail last."""
+    for shots in (5, 1):
+        for precision in GPU_PRECISIONS:
+            for name in GPU_SCRIPTS:
+                for variant in ("vmap", "captured"):
+                    yield name, shots, precision, variant
+    for variant in ("loop", "unfold", "compiled"):
+        for name in GPU_SCRIPTS:
+            yield name, 5, "tf32", variant
+
+
+def bench_gpu(args):
+    """Everything of `gpu`; the file is written again after each row -> the record."""
+    begun = time.perf_counter()
+    record = {"card": gpu_card(args), "equivalence": [], "rows": []}
+    print(json.dumps(record["card"]), flush=True)
+    for name in GPU_SCRIPTS:
+        record["equivalence"].append(equivalence(name, args))
+        print(json.dumps(record["equivalence"][-1]), flush=True)
+    for name, shots, precision, variant in gpu_plan(args):
+        row = {"script": name, "shots": shots, "precision": precision, "variant": variant}
+        if time.perf_counter() - begun > args.budget:
+            row["failed"] = f"not tried: the {args.budget:.0f} seconds of --budget are over"
+        else:
+            measure = row_in_a_process if variant == "compiled" else gpu_row
+            row = measure(name, shots, precision, variant, args)
+        record["rows"].append(row)
+        ms = f"{statistics.median(row['samples']):9.2f} ms" if "samples" in row else row["failed"]
+        print(f"{name:12}{shots}-shot  {precision:6}{variant:10}{ms}", flush=True)
+        data.atomic_write(Path(args.json), json.dumps(record, indent=1))
+    record["seconds"] = round(time.perf_counter() - begun, 1)
+    data.atomic_write(Path(args.json), json.dumps(record, indent=1))
+    return record
+
+
+def gpu_card(args):
+    """The card and the versions that a figure belongs to."""
+    card = {"torch": torch.__version__, "python": platform.python_version(), "cores": data.cores(), "smoke": args.smoke}
+    if args.device == "cpu":
+        return card | {"card": platform.machine()}
+    card |= {"card": torch.cuda.get_device_name(args.device), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return card | {"memory_GiB": round(torch.cuda.get_device_properties(args.device).total_memory / 2 ** 30, 1)}
+
+
+def gpu_table(record):
+    """What bench_gpu found -> Markdown: medians, and how many times faster than the scripts' default (vmap, TF32)."""
+    lines = ["| script | shots | precision | variant | ms an iteration | beside the default | peak MiB |", "|" + " --- |" * 7]
+    measured = [row for row in record["rows"] if "samples" in row]
+    middle = {(r["script"], r["shots"], r["precision"], r["variant"]): statistics.median(r["samples"]) for r in measured}
+    for row in record["rows"]:
+        cells = [f"{row['script']}.py", row["shots"], row["precision"], row["variant"]]
+        if "failed" in row:
+            lines.append(f"| {' | '.join(map(str, cells))} | {row['failed']} | - | - |")
+            continue
+        ms = statistics.median(row["samples"])
+        default = middle.get((row["script"], row["shots"], "tf32", "vmap"))
+        ratio = f"{default / ms:.2f}" if default else "-"
+        spread = f"{ms:.4g} ({min(row['samples']):.4g} to {max(row['samples']):.4g})"
+        lines.append(f"| {' | '.join(map(str, cells))} | {spread} | {ratio} | {row.get('peak_MiB', '-')} |")
+    return "\n".join(lines)
+
+
+def gpu_verdict(record):
+    """Which variant each script should use by default: the fastest in PyTorch's default precision -> lines of text."""
+    lines = []
+    for name in GPU_SCRIPTS:
+        found = {}
+        for row in record["rows"]:
+            if row["script"] == name and row["shots"] == 5 and row["precision"] == "tf32" and "samples" in row:
+                found[row["variant"]] = statistics.median(row["samples"])
+        if "vmap" not in found:
+            lines.append(f"{name}.py: its default was not measured")
+            continue
+        best = min(found, key=found.get)
+        ratio = found["vmap"] / found[best]
+        lines.append(f"{name}.py: {best} is the fastest, {ratio:.2f} times as fast as vmap, today's default")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -582,7 +793,7 @@ def train_table(rows, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=["loader", "train", "variants", "steps", "reuse"])
+    parser.add_argument("part", choices=["loader", "train", "variants", "steps", "reuse", "gpu"])
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
@@ -601,6 +812,8 @@ def main():
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="train: a table of PyTorch's profiler instead")
+    parser.add_argument("--budget", type=float, default=330, help="gpu: seconds after which no further row is begun")
+    parser.add_argument("--smoke", action="store_true", help="gpu: tiny shapes, to try the command itself, on a CPU too")
     parser.add_argument("--json", help="write every sample and the versions to this file")
     parser.error = data.fail
     args = parser.parse_args()
@@ -610,6 +823,13 @@ def main():
     if args.part == "steps" and args.precision != "fp32":
         data.fail("steps is measured in fp32: leave --precision out")
     args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
+    if args.part == "gpu":
+        if args.device == "cpu" and not args.smoke:
+            data.fail("gpu: there is no GPU here; --smoke tries the command itself on a CPU")
+        args.json = args.json or "bench-gpu.json"
+        record = bench_gpu(args)
+        print(f"\n{gpu_table(record)}\n\n{gpu_verdict(record)}\n\nwritten: {args.json}")
+        return
     setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
     record = {}
     if args.part == "train" and args.profile:

@@ -22,6 +22,7 @@ The sampler never holds random state: task j of a mode is a pure function of its
 generator. So every method sees the same test tasks, on every machine, and a resumed run sees the tasks it would have seen.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import hashlib
@@ -86,6 +87,38 @@ def atomic_write(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         fail(f"cannot write {path} ({error}): make room or choose another place; nothing was changed")
+
+
+# ------------------------------------------------------------------------------------------------------------- cores
+
+def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")):
+    """Count the CPU cores that this process may use, by its affinity and by its container's quota -> at least 1.
+
+    quotas: the files in which Linux says what a container may use, of control groups version 2 and 1.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for file in map(Path, quotas):
+        try:
+            words = file.read_text().split()                        # "200000 100000": microseconds, of so many
+            if len(words) == 1:
+                words += file.with_name("cpu.cfs_period_us").read_text().split()
+            quota, period = (int(word) for word in words)
+        except (OSError, ValueError):                               # no such file, or "max": no quota
+            continue
+        if quota > 0:
+            allowed = min(allowed, quota // period)
+    return max(1, allowed)
+
+
+def in_threads(function, items, workers):
+    """Yield function(item) of each item, in order. `workers` of them run at a time, each with one PyTorch thread.
+
+    PyTorch's own way is to split each operation over the cores and to wait, after each, for the slowest core. Whole tasks
+    in threads wait for each other once per batch: so they do not suffer from another program on one of the cores, and as
+    each operation runs in one thread, results have the same bits for any number of workers.
+    """
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, items)
 
 
 # ------------------------------------------------------------------------------------------------------------ splits

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, fail
+from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
 
 METHODS = {"none": "MAML", "kml": "MMAML+KML"}      # --modulation: the method's name in the paper's tables
 LAYERS = (1, 2, 3, 4)
@@ -61,7 +61,7 @@ TABLE, PAPER = "KML's Table 1", {    # overall accuracy in %, 5 ways, (1-shot, 5
     "MMAML": {"FM": (39.11, 52.02), "MO": (67.67, 73.52), "FMO": (57.35, 64.21), "ACFMO": (49.53, 58.89)},
     "MMAML+KML": {"FM": (40.73, 53.72), "MO": (68.01, 77.02), "FMO": (57.68, 67.12), "ACFMO": (50.31, 60.51)}}
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 8, "channels": 1, "meta_batch": 1, "log_every": 1,
-         "save_every": 1, "test_tasks": 2, "val_tasks": 2}      # of arguments that are numbers; else 0
+         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "workers": 1}      # of numbers; else 0
 SHOWN = ("modulation", "ways", "shots", "image_size", "seed", "synthetic")      # what a report says anyway
 
 
@@ -99,6 +99,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--workers", type=int, default=cores(), help="tasks at a time on a CPU, a thread each; changes no bit")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -289,23 +290,36 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate`, (T, 2): paper's, inductive.
 
-    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU;
-    on a CPU a loop is faster, and backward after each task keeps memory from growing with T.
+    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU. On
+    a CPU each task has a thread of its own, and the gradients are added in the order of the tasks.
     """
+    T, weights = len(batch.mode), list(params.values())
+
     def one(task):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
             loss, *logits = task_loss(params, task, args, evaluate)
-        if not evaluate and not vectorise:
-            (loss / len(batch.mode)).backward()
         return loss, torch.stack([100 * (x.argmax(-1) == task.query_y).float().mean() for x in logits])
+
+    def one_in_a_thread(task):
+        with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+            loss, accuracies = one(task)
+        gradients = () if evaluate else torch.autograd.grad(loss / T, weights)
+        return loss.detach(), accuracies.detach(), gradients
+
     if vectorise:
         losses, accuracies = torch.func.vmap(one)(batch)
         if not evaluate:
             losses.mean().backward()
-    else:
-        tasks = (Task(*(x[i] for x in batch)) for i in range(len(batch.mode)))
-        losses, accuracies = (torch.stack([x.detach() for x in column]) for column in zip(*map(one, tasks)))
-    return losses.detach(), accuracies
+        return losses.detach(), accuracies
+    losses, accuracies = [], []
+    tasks = [Task(*(x[i] for x in batch)) for i in range(T)]
+    for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
+        losses.append(loss)
+        accuracies.append(accuracy)
+        for w, g in zip(weights, gradients):
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            w.grad += g
+    return torch.stack(losses), torch.stack(accuracies)
 
 
 def evaluate(params, episodes, count, args):
@@ -333,7 +347,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title", "variant")
+             "official", "title", "variant", "workers")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -434,6 +448,8 @@ def report(result, args):
 
 def main():
     args = get_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)            # run_tasks has tasks side by side instead
     out, stop, test = Path(args.out), [], Episodes.of(args, "test")
     for file in out.glob("*") if args.overwrite else ():
         if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):

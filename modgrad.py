@@ -9,7 +9,8 @@ by a *cell* for each adapted layer. Two sister networks turn a context v into u 
 mixture a of them; the outer product of the two mixed columns has as many entries as the layer's kernel. v says what
 the task is: from v = 0 a trial step is made, and v is then the negative gradient, with respect to v, of the loss
 after that step (Eq. 9), the direction in which the step would have been a better one. A step of ModGrad so takes two
-forward and two backward passes.
+forward and two backward passes. M starts near 1e-4, so that at first hardly anything adapts: this is the released code's
+start, entry by entry. --start-at-one starts it near 1, where ModGrad begins as MAML on the same layers.
 
     paper          here                        shape or keys                     where
     theta          group(params, "base")       conv{l} norm{l} head              the network
@@ -45,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, fail
+from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "metasgd": "Meta-SGD", "cavia": "CAVIA", "tnet": "T-Net"}
 PARTS = ("base", "encoder", "generator")            # of the parameters; no algorithm here has an encoder
@@ -64,7 +65,8 @@ DEFAULTS = {"modgrad": (1, 0.1, "last two"), "maml": (5, 0.01, "all"), "metasgd"
 CONTEXT_LAYER = 3                                   # whose channels CAVIA's context scales and shifts
 NORMALISE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))         # ImageNet's mean and deviation of red, green, blue
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 16, "channels": 1, "meta_batch": 1, "log_every": 1,
-         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1}     # of numbers; else 0
+         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1, "workers": 1}  # of numbers; else 0
+SHOWN = ("algorithm", "backbone", "adapt", "ways", "shots", "image_size", "seed", "synthetic")      # what a report says anyway
 
 
 def column(i):
@@ -90,8 +92,9 @@ def get_args(argv=None):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help="layers that the steps change, as conv3 conv4 head; all; or "
                    f"'last two' convolutions: {column(2)}")
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
+    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
     p.add_argument("--context", type=int, help="length of v (P: 300), of CAVIA's context (100)")
-    p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries")
+    p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries (MMAML's; C: no clip)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--meta-batch", type=int, default=3, help="T, tasks (episodes) an iteration (C: 3)")
     p.add_argument("--iterations", type=int, default=16667, help="updates (C: 50,000 episodes in threes)")
@@ -107,6 +110,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--workers", type=int, default=cores(), help="tasks at a time on a CPU, a thread each; changes no bit")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -144,13 +148,19 @@ def get_args(argv=None):
         fail(f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4")
     if not args.adapt and args.algorithm != "cavia":
         fail("--adapt context is CAVIA's: name layers")
+    if args.start_at_one and args.algorithm != "modgrad":
+        fail(f"--start-at-one --algorithm {args.algorithm}: M is ModGrad's; leave one of them out")
     if args.algorithm == "modgrad" and "all" in args.adapt:
         fail("--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head")
-    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    changed = {k: "+".join(v) if isinstance(v, list) else v for k, v in identity(args).items()
+               if k not in ("modes", "algorithm") and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in identity(args).items()
-                 if v != defaults.get(k, v) and k not in ("modes", "algorithm")]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {v}" for flag, v in flags.items()]
+    mark = ["SYNTHETIC"] if args.synthetic else []
+    args.title = " ".join([args.method, *mark, "+".join(args.modes), *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -203,9 +213,9 @@ def linear(params, name, x):
 def conv4_block(params, name, x, norm):
     """Convolution, BatchNorm, 2x2 max-pool, ReLU: x (n, C_in, S, S) -> (n, C, S/2, S/2)."""
     x = norm(params, name.replace("conv", "norm"), conv(params, name, x))
-    if f"{name}.film" in params:                        # CAVIA: scale and shift made from the context
-        scale, shift = params[f"{name}.film"].chunk(2)
-        x = x * (1 + scale[:, None, None]) + shift[:, None, None]
+    if f"{name}.film" in params:                        # CAVIA: FiLM made from the context, gamma * x + beta
+        gamma, beta = params[f"{name}.film"].chunk(2)
+        x = gamma[:, None, None] * x + beta[:, None, None]
     return F.relu(F.max_pool2d(x, 2))                   # as after ReLU, on a quarter of the numbers
 
 
@@ -310,7 +320,13 @@ def factors(args, layer):
 
 
 def init_params(args):
-    """All parameters, drawn from the seed -> flat dict. The base network's are the same for every algorithm."""
+    """All parameters, drawn from the seed -> flat dict. The base network's are the same for every algorithm.
+
+    conv4 and every linear layer start as PyTorch's own layers do, as in ModGrad's released code. The size of the kernels
+    matters. BatchNorm makes the network blind to it, but the larger a kernel is, the less a gradient step turns it: the
+    step changes it, relative to its size, by 1 / |W|^2. The deep networks start as in their authors' code: kernels are
+    normal with variance 2 / (C_out * places), and there are no biases.
+    """
     rng, params = torch.Generator().manual_seed(args.seed), {}
 
     def default(name, *shape):
@@ -318,19 +334,18 @@ def init_params(args):
         params[f"{name}.weight"] = (2 * torch.rand(shape, generator=rng) - 1) / root
         params[f"{name}.bias"] = (2 * torch.rand(shape[0], generator=rng) - 1) / root
 
+    def he_normal(name, c_out, c_in, *places):
+        std = math.sqrt(2 / (c_out * math.prod(places)))
+        params[f"{name}.weight"] = std * torch.randn(c_out, c_in, *places, generator=rng)
+
     def norm(name, c):
         params.update({f"{name}.scale": torch.ones(c), f"{name}.shift": torch.zeros(c)})
 
     for name, block, c_in, c_out in architecture(args):
         for layer, shape in layer_shapes(args).items():
             if layer == name or layer.startswith(f"{name}."):
-                std = math.sqrt(2 / math.prod(shape[1:]))
-                if len(shape) == 2:
-                    default(layer, *shape)
-                else:
-                    params[f"{layer}.weight"] = std * torch.randn(shape, generator=rng)
-                    if block is conv4_block:
-                        params[f"{layer}.bias"] = torch.zeros(shape[0])
+                draw = default if block in (conv4_block, head_block) else he_normal
+                draw(layer, *shape)
         if block is conv4_block:
             norm(name.replace("conv", "norm"), c_out)
         elif block is stem_block:
@@ -351,10 +366,13 @@ def init_params(args):
             for factor, n in sizes.items():             # phi: Linear, ReLU, Linear; sizes of the released code
                 default(f"generator.{layer}.{factor}.1", n, args.context)
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
+                if args.start_at_one:
+                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
     elif args.algorithm == "metasgd":
         params |= {f"generator.{k}": torch.full(params[k].shape, args.alpha) for k in adapted_keys(args, params)}
     elif args.algorithm == "cavia":
         default("generator.film", 2 * args.channels, args.context)
+        params["generator.film.weight"] *= math.sqrt(3)         # CAVIA's: Kaiming's uniform without a ReLU's gain
     elif args.algorithm == "tnet":
         for layer, shape in layer_shapes(args).items():
             if len(shape) == 4:
@@ -416,7 +434,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
 
-    Kernels' are >= 0. A bias has no outer product to be cut off, so its factors may have any sign.
+    Kernels' are >= 0. Factors of biases may have any sign: Eq. 8 speaks of the outer product alone. (The released code
+    cuts these off at 0 too.)
     """
     M = {}
     for k, w in like.items():
@@ -526,23 +545,36 @@ def best_on_validation(test, args):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate`, (T, 2): paper's, inductive.
 
-    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU;
-    on a CPU a loop is faster, and backward after each task keeps memory from growing with T.
+    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU. On
+    a CPU each task has a thread of its own, and the gradients are added in the order of the tasks.
     """
+    T, weights = len(batch.mode), list(params.values())
+
     def one(task):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
             loss, *logits = task_loss(params, task, args, evaluate)
-        if not evaluate and not vectorise:
-            (loss / len(batch.mode)).backward()
         return loss, torch.stack([100 * (x.argmax(-1) == task.query_y).float().mean() for x in logits])
+
+    def one_in_a_thread(task):
+        with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+            loss, accuracies = one(task)
+        gradients = () if evaluate else torch.autograd.grad(loss / T, weights)
+        return loss.detach(), accuracies.detach(), gradients
+
     if vectorise:
         losses, accuracies = torch.func.vmap(one)(batch)
         if not evaluate:
             losses.mean().backward()
-    else:
-        tasks = (Task(*(x[i] for x in batch)) for i in range(len(batch.mode)))
-        losses, accuracies = (torch.stack([x.detach() for x in column]) for column in zip(*map(one, tasks)))
-    return losses.detach(), accuracies
+        return losses.detach(), accuracies
+    losses, accuracies = [], []
+    tasks = [Task(*(x[i] for x in batch)) for i in range(T)]
+    for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
+        losses.append(loss)
+        accuracies.append(accuracy)
+        for w, g in zip(weights, gradients):
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            w.grad += g
+    return torch.stack(losses), torch.stack(accuracies)
 
 
 def evaluate(params, episodes, count, args):
@@ -570,7 +602,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title")
+             "official", "title", "variant", "workers")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -608,7 +640,8 @@ def train(params, args, checkpoint, stop):
         while not ending:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses, accuracies = run_tasks(params, augment(episodes.tasks(done * T, T), done, args), args, args.device != "cpu")
+            batch = augment(episodes.tasks(done * T, T), done, args)
+            losses, accuracies = run_tasks(params, batch, args, args.device != "cpu")
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
@@ -651,8 +684,12 @@ def train(params, args, checkpoint, stop):
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = set(args.modes) <= set(LAYOUTS) and args.ways == 5 and args.shots in (1, 5) and not args.synthetic
+    """Print what was measured, under which protocol, with its interval.
+
+    The paper's number stands beside it only where the run is that cell of the paper's table.
+    """
+    same = args.ways == 5 and args.shots in (1, 5) and args.image_size == 84 and not args.variant
+    known = same and set(args.modes) <= set(LAYOUTS) and not args.synthetic
     setting = "".join(sorted(mode[0].upper() for mode in args.modes))       # MO: miniimagenet, omniglot
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
@@ -670,6 +707,8 @@ def report(result, args):
 
 def main():
     args = get_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)            # run_tasks has tasks side by side instead
     out, stop, test = Path(args.out), [], Episodes.of(args, "test")
     for file in out.glob("*") if args.overwrite else ():
         if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):

@@ -322,7 +322,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
 
-    Kernels' are >= 0. A bias has no outer product to be cut off, so its factors may have any sign.
+    Kernels' are >= 0. Factors of biases may have any sign: Eq. 8 speaks of the outer product alone. (The released code
+    cuts these off at 0 too.)
     """
     M = {}
     for k, w in like.items():

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, fail
+from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
 
 METHODS = {"none": "ProtoNet", "film": "MProtoNet", "kml": "MProtoNet+KML"}     # --modulation: name in tables
 LAYERS = (1, 2, 3, 4)
@@ -57,7 +57,8 @@ TABLE, PAPER = "KML's Table 1", {    # overall accuracy in %, 5 ways, (1-shot, 5
     "MProtoNet+KML": {"FM": (44.40, 59.31), "MO": (73.69, 79.82), "FMO": (62.08, 70.03),
                       "ACFMO": (56.72, 64.91)}}
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 8, "channels": 1, "meta_batch": 1, "log_every": 1,
-         "save_every": 1, "test_tasks": 2, "val_tasks": 2}      # of arguments that are numbers; else 0
+         "save_every": 1, "test_tasks": 2, "val_tasks": 2, "workers": 1}      # of numbers; else 0
+SHOWN = ("modulation", "ways", "shots", "image_size", "seed", "synthetic")      # what a report says anyway
 
 
 def get_args(argv=None):
@@ -83,6 +84,8 @@ def get_args(argv=None):
     p.add_argument("--official", action="store_true", help="as C: --no-residual --embed query --transductive")
     p.add_argument("--init-scale", type=float, default=1.0, help="of the initial base kernels (P, C: 1)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
+    p.add_argument("--repeat-tasks", action="store_true",
+                   help="draw an iteration's tasks with replacement (C: yes, at test too)")
     p.add_argument("--iterations", type=int, default=30000, help="updates of all parameters (C: 30000)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
     p.add_argument("--lr-halve-every", type=int, default=10000, help="iterations; 0 is never (C: 10000)")
@@ -95,6 +98,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--workers", type=int, default=cores(), help="tasks at a time on a CPU, a thread each; changes no bit")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -116,10 +120,14 @@ def get_args(argv=None):
                  f"{args.modulation}: give --modulation {' or '.join(of)}")
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.method = METHODS[args.modulation]
-    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    changed = {k: v for k, v in identity(args).items() if k != "modes" and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in identity(args).items() if v != defaults.get(k, v) and k != "modes"]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {v}" for flag, v in flags.items()]
+    mark = ["SYNTHETIC"] if args.synthetic else []
+    args.title = " ".join([args.method, *mark, "+".join(args.modes), *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -320,23 +328,36 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate`, (T, 2): paper's, inductive.
 
-    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU;
-    on a CPU a loop is faster, and backward after each task keeps memory from growing with T.
+    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU. On
+    a CPU each task has a thread of its own, and the gradients are added in the order of the tasks.
     """
+    T, weights = len(batch.mode), list(params.values())
+
     def one(task):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
             loss, *logits = task_loss(params, task, args, evaluate)
-        if not evaluate and not vectorise:
-            (loss / len(batch.mode)).backward()
         return loss, torch.stack([100 * (x.argmax(-1) == task.query_y).float().mean() for x in logits])
+
+    def one_in_a_thread(task):
+        with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+            loss, accuracies = one(task)
+        gradients = () if evaluate else torch.autograd.grad(loss / T, weights)
+        return loss.detach(), accuracies.detach(), gradients
+
     if vectorise:
         losses, accuracies = torch.func.vmap(one)(batch)
         if not evaluate:
             losses.mean().backward()
-    else:
-        tasks = (Task(*(x[i] for x in batch)) for i in range(len(batch.mode)))
-        losses, accuracies = (torch.stack([x.detach() for x in column]) for column in zip(*map(one, tasks)))
-    return losses.detach(), accuracies
+        return losses.detach(), accuracies
+    losses, accuracies = [], []
+    tasks = [Task(*(x[i] for x in batch)) for i in range(T)]
+    for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
+        losses.append(loss)
+        accuracies.append(accuracy)
+        for w, g in zip(weights, gradients):
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            w.grad += g
+    return torch.stack(losses), torch.stack(accuracies)
 
 
 def evaluate(params, episodes, count, args):
@@ -364,7 +385,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title")
+             "official", "title", "variant", "workers")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -402,7 +423,8 @@ def train(params, args, checkpoint, stop):
         while not ending:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
+            batch = episodes.repeated(done, T) if args.repeat_tasks else episodes.tasks(done * T, T)
+            losses, accuracies = run_tasks(params, batch, args, args.device != "cpu")
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
@@ -445,8 +467,12 @@ def train(params, args, checkpoint, stop):
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = set(args.modes) <= set(LAYOUTS) and args.ways == 5 and args.shots in (1, 5) and not args.synthetic
+    """Print what was measured, under which protocol, with its interval.
+
+    The paper's number stands beside it only where the run is that cell of the paper's table.
+    """
+    same = args.ways == 5 and args.shots in (1, 5) and args.image_size == 84 and not args.variant
+    known = same and set(args.modes) <= set(LAYOUTS) and not args.synthetic
     setting = "".join(sorted(mode[0].upper() for mode in args.modes))       # MO: miniimagenet, omniglot
     paper = PAPER[result["method"]].get(setting, ("", ""))[args.shots == 5] if known else ""
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
@@ -460,6 +486,8 @@ def report(result, args):
 
 def main():
     args = get_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)            # run_tasks has tasks side by side instead
     out, stop, test = Path(args.out), [], Episodes.of(args, "test")
     for file in out.glob("*") if args.overwrite else ():
         if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
