@@ -38,11 +38,16 @@ Where the paper is read in a way of ours:
   see at test; its support images are for w, the loss is that of the query images.
 - Within 1e-3 of the label: labels are scaled to [0, 1] (depth by 10 m), or this would mean nothing.
 What it does not give (its appendix is not public), and why ours:
+- kernels of the backbone and linear heads start as in MAML's own code: uniform by Xavier's rule (Glorot and Bengio, 2010), biases
+  at zero;
 - alpha 0.01 as in MAML; 0.1 where the head alone moves, as ANIL's few parameters bear it; for regressions chosen by hand, not
-  tuned (small for the vanishing point, whose linear head has slopes for every place);
+  tuned (small for the vanishing point, whose linear head has slopes for every place, and for normals, where 0.03 diverges);
 - 5 steps, 84 pixels, 4 subtasks of each task an iteration, 60,000 iterations: what MAML trains 1-shot tasks with (it tests with 10
   steps). Inner gradients' entries within +-20, as in the other scripts. Adam, 1e-3: the usual;
-- loss weights 1 and, for squared errors of labels in [0, 1], 10: this brings all to the same order;
+- loss weights 1 and, for squared errors of labels in [0, 1], 10. What matters is how hard each high-level task pulls at the shared
+  backbone. With heads that start like any other layer, the regressions' gradients there are 10 to 25 times classification's at the
+  start, and classification stays at chance. So the last layer of each regression's head starts at 0.02 of its size, with a bias of
+  0.5, the middle of the labels' range. The log shows the norm of each task's gradient at the backbone;
 - attention of 2 blocks of width 16, on embeddings averaged over places: so a module of AM adds 14 % (C = 32) or 7 % (C = 64)
   of the parameters in classification, the paper's "1.1x"; on flattened embeddings, with C = 32, it would outgrow the network;
 - P-AM starts with a deviation of 0.1, small beside the weights' 1, and predicts with the mean of p: one pass, no noise;
@@ -67,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import KINDS, MetaTasks, Task, atomic_write, canonical_mode, fail, student
+from data import KINDS, MetaTasks, Task, atomic_write, canonical_mode, cores, fail, in_threads, student
 
 METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "AM", ("anil", "pam"): "P-AM"}
 PARTS = ("backbone", "head", "attention")           # of the parameters
@@ -79,14 +84,15 @@ QUICK = {"image_size": 28, "iterations": 250, "test_tasks": 240}
 TABLE, PAPER = "paper's Table 2", defaultdict(dict, {        # mini-ImageNet, 5 ways, in %: (CE, NIL) of 1-shot and of 5-shot
     "MAML": {"M": ((48.7, 49.1), (63.1, "-"))}, "ANIL": {"M": ((48.1, 49.5), (61.0, "-"))},
     "AM": {"M": ((51.1, 52.3), (64.6, "-"))}, "P-AM": {"M": ((48.9, 50.2), (63.17, "-"))}})
-ALPHA = {"classification": 0.1, "depth": 0.01, "normals": 0.03, "vanishing": 0.001}        # of the head alone
+ALPHA = {"classification": 0.1, "depth": 0.01, "normals": 0.003, "vanishing": 0.001}        # of the head alone
 LOSS_WEIGHTS = {"classification": 1.0, "depth": 10.0, "normals": 10.0, "vanishing": 10.0}
 DECODER = {"depth": (4, 1), "normals": (8, 3)}      # filters of a decoder's blocks, channels of its output
 REPORTED = 150                                      # test subtasks whose w --attention-report shows (P: 150)
 LABEL_FILTERS = 4                                   # of the CNN that makes a vector of a label image
 LEAST = {"ways": 2, "shots": 1, "queries": 1, "image_size": 16, "filters": 1, "meta_batch": 1, "log_every": 1,
          "save_every": 1, "test_tasks": 2, "val_tasks": 2, "steps": 1, "attention_blocks": 1, "attention_width": 1,
-         "report_tasks": 2}                         # of numbers; else 0
+         "report_tasks": 2, "workers": 1}           # of numbers; else 0
+SHOWN = ("algorithm", "modulation", "modes", "tasks", "ways", "shots", "image_size", "seed", "synthetic")  # what a report says anyway
 
 
 def get_args(argv=None):
@@ -131,6 +137,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, a thread each: same bits")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--report-tasks", type=int, default=10, help="test subtasks on whose data --attention-report trains weights")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
@@ -184,11 +191,16 @@ def get_args(argv=None):
             print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
         setattr(args, key, defaults[key])               # and does not make it another run
     args.strata = args.modes if alone and not cast else args.tasks          # what results are told apart by
-    args.title = f"{args.method} {data_name(args)}" + f": {'+'.join(args.tasks)}" * (not alone)
+    changed = {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in identity(args).items()
+               if k not in ("modes", "algorithm", "modulation") and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in identity(args).items()
-                 if v != defaults.get(k, v) and k not in ("modes", "algorithm", "modulation")]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
+    args.title = " ".join([args.method, data_name(args), *args.variant])
+    if not alone:
+        args.title += f": {'+'.join(args.tasks)}"
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -306,13 +318,22 @@ def init_params(args):
         params[f"{name}.weight"] = (2 * torch.rand(shape, generator=rng) - 1) / root
         params[f"{name}.bias"] = (2 * torch.rand(shape[0], generator=rng) - 1) / root
 
+    def xavier(rng, name, *shape):
+        params[f"{name}.weight"] = torch.nn.init.xavier_uniform_(torch.empty(shape), generator=rng)
+        params[f"{name}.bias"] = torch.zeros(shape[0])
+
     def kernel(rng, name, *shape, inputs=None, out=None):
         params[f"{name}.weight"] = math.sqrt(2 / (inputs or math.prod(shape[1:]))) * torch.randn(shape, generator=rng)
         params[f"{name}.bias"] = torch.zeros(out or shape[0])
 
+    def small(name):
+        """Let a regression begin in the middle of its labels' range: see the docstring of this file on loss weights."""
+        params[f"{name}.weight"] *= 0.02
+        params[f"{name}.bias"] = torch.full_like(params[f"{name}.bias"], 0.5)
+
     rng, widths = torch.Generator().manual_seed(args.seed), [3] + [args.filters] * 4
     for l in (1, 2, 3, 4):
-        kernel(rng, f"conv{l}", widths[l], widths[l - 1], 3, 3)
+        xavier(rng, f"conv{l}", widths[l], widths[l - 1], 3, 3)
         params |= {f"norm{l}.scale": torch.ones(widths[l]), f"norm{l}.shift": torch.zeros(widths[l])}
     for kind in args.tasks:
         rng = torch.Generator().manual_seed(1_000_003 * args.seed + 1 + KINDS.index(kind))
@@ -322,9 +343,12 @@ def init_params(args):
                 c = args.filters if i == 1 else filters
                 kernel(rng, f"head.{kind}.up{i}", c, filters, 2, 2, inputs=c, out=filters)
                 kernel(rng, f"head.{kind}.conv{i}", filters if i < 4 else channels, filters, 3, 3)
+            small(f"head.{kind}.conv4")
         else:
             outputs, inputs = args.ways if kind == "classification" else 2, args.filters * (args.image_size // 16) ** 2
-            default(rng, f"head.{kind}", outputs, inputs)
+            xavier(rng, f"head.{kind}", outputs, inputs)
+            if kind == "vanishing":
+                small(f"head.{kind}")
         if args.modulation == "none":
             continue
         maps = 4 * args.filters
@@ -571,30 +595,44 @@ def run_tasks(params, batches, args, vectorise, evaluate=False, epsilon=None):
     """task_loss of the subtasks of each high-level task -> losses (T * J,), measures (T * J, 1), the J tasks taking turns; if
     `evaluate`, test_outputs of them: no losses (zeros), measures (T * J, 4), a column for each of KEYS.
 
-    In training it adds to .grad the gradient of the sum over high-level tasks of their mean losses (Eq. 3). vmap fills a GPU;
-    on a CPU a loop is faster, and backward after each task keeps memory from growing with T.
+    In training it adds to .grad the gradient of the sum over high-level tasks of their mean losses (Eq. 3). vmap fills a GPU.
+    On a CPU each subtask has a thread of its own, and gradients are added in the order of the subtasks.
     """
-    columns = []
+    columns, weights = [], list(params.values())
     for j, (kind, batch) in enumerate(zip(args.tasks, batches)):
         T = len(batch.mode)
 
-        def one(task, epsilon, kind=kind, T=T):
+        def one(task, epsilon, kind=kind):
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
                 if evaluate:
-                    return torch.zeros(()), torch.stack(measures(kind, test_outputs(params, task, args, kind), task.query_y))
+                    outputs = test_outputs(params, task, args, kind)
+                    return torch.zeros((), device=task.query_x.device), torch.stack(measures(kind, outputs, task.query_y))
                 loss, outputs = task_loss(params, task, args, kind, epsilon)
-            if not vectorise:
-                (loss / T).backward()
             return loss, torch.stack(measures(kind, [outputs], task.query_y))
+
+        def one_in_a_thread(given, one=one, T=T):
+            with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+                loss, found = one(*given)
+            gradients = () if evaluate else torch.autograd.grad(loss / T, weights, allow_unused=True)
+            return loss.detach(), found.detach(), gradients
+
         noise = None if epsilon is None else epsilon[:, j]
         if vectorise:
             losses, found = torch.func.vmap(one, (0, None if noise is None else 0))(batch, noise)
             if not evaluate:
                 losses.mean().backward()
-        else:
-            tasks = ((Task(*(x[i] for x in batch)), noise if noise is None else noise[i]) for i in range(len(batch.mode)))
-            losses, found = (torch.stack([x.detach() for x in column]) for column in zip(*(one(*task) for task in tasks)))
-        columns.append((losses.detach(), found.detach()))
+            columns.append((losses.detach(), found.detach()))
+            continue
+        losses, found = [], []
+        tasks = [(Task(*(x[i] for x in batch)), noise if noise is None else noise[i]) for i in range(T)]
+        for loss, measure, gradients in in_threads(one_in_a_thread, tasks, args.workers):
+            losses.append(loss)
+            found.append(measure)
+            for w, g in zip(weights, gradients):
+                if g is not None:                           # the other high-level tasks' heads have none
+                    w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+                    w.grad += g
+        columns.append((torch.stack(losses), torch.stack(found)))
     return tuple(torch.stack(column, 1).flatten(0, 1) for column in zip(*columns))
 
 
@@ -627,11 +665,25 @@ def summary(per_task, modes, domains):
     return {name: {"mean": round(float(x), 4), "ci95": round(1.96 * math.sqrt(v), 4)} for name, x, v in rows}
 
 
+def backbone_gradients(params, batches, args, epsilon):
+    """How hard each high-level task pulls at the shared backbone: {task: norm of the gradient of its weighted loss, on one
+    batch}. Overwrites .grad. Tasks whose norms differ by orders of magnitude do not train together."""
+    found = {}
+    for j, kind in enumerate(args.tasks):
+        only = {"tasks": [kind], "alpha": args.alpha[j:j + 1], "loss_weights": args.loss_weights[j:j + 1]}
+        noise = None if epsilon is None else epsilon[:, j:j + 1]
+        for w in params.values():
+            w.grad = None
+        run_tasks(params, batches[j:j + 1], argparse.Namespace(**vars(args) | only), args.device != "cpu", epsilon=noise)
+        found[kind] = math.hypot(*(w.grad.norm() for w in group(params, "backbone").values()))
+    return found
+
+
 def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "official", "title", "strata", "transfer", "attention_report", "report_tasks")
+             "official", "title", "variant", "workers", "strata", "transfer", "attention_report", "report_tasks")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -692,7 +744,8 @@ def train(params, args, checkpoint, stop):
                 norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
                 if not math.isfinite(losses.sum() + sum(norms.values())):
                     fail(f"not finite near iteration {done}: lower --lr, in another --out")
-                line = {"iteration": done, "loss": losses.mean().item(), "losses": each, "accuracy": shown,
+                balance = backbone_gradients(params, batches, args, epsilon) if len(args.tasks) > 1 else {}
+                line = {"iteration": done, "loss": losses.mean().item(), "losses": each, "accuracy": shown, "backbone_gradient": balance,
                         "gradient_norm": norms, "seconds": before + seconds, "synthetic": args.synthetic}
                 if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
                     rows = evaluate(params, validation, args.val_tasks, args)
@@ -701,6 +754,8 @@ def train(params, args, checkpoint, stop):
                 lines.append(json.dumps(line))
                 atomic_write(log, "\n".join(lines) + "\n")
                 window, shown = [], {k: f"{x:.1f}%" for k, x in shown.items()}
+                if balance:
+                    shown["backbone gradients"] = " ".join(f"{x:.2g}" for x in balance.values())
                 bar.set_postfix(loss=f"{line['loss']:.3f}", **shown)
                 if bar.disable:                                 # not a terminal: lines instead of a bar
                     print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
@@ -717,7 +772,7 @@ def train(params, args, checkpoint, stop):
 def report(result, args):
     """Print what was measured, under which protocols, with intervals, beside the paper's numbers."""
     known = args.modes == ["miniimagenet"] and args.ways == 5 and args.shots in (1, 5) and not args.synthetic
-    known = known and args.embed == "support" and not args.first_order
+    known = known and args.image_size == 84 and not args.variant
     paper = PAPER[result["method"]].get("M", (("", ""),) * 2)[args.shots == 5] if known else ("", "")
     print(f"\n{args.title}: {args.ways}-way {args.shots}-shot, {args.image_size} px, {result['test_tasks']} "
           f"test tasks, after {result['iterations']} iterations of {result['seconds_per_iteration']} s")
@@ -738,6 +793,8 @@ def report(result, args):
 
 def main():
     args = get_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)            # run_tasks has subtasks side by side instead
     out, stop, test = Path(args.out), [], MetaTasks(args, "test")
     for file in out.glob("*") if args.overwrite else ():
         if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):

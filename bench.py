@@ -262,21 +262,22 @@ def plain_loss(module, options, params, support_x, support_y, query_x, query_y):
     """The scripts' task_loss as one would first write it, on PyTorch's own functions. For one task."""
     v = plain_network(support_x, params, "encoder.").mean((2, 3))
     v = F.relu(F.linear(v, params["encoder.linear.weight"], params["encoder.linear.bias"])).mean(0)
-    theta = module.group(params, "base")
-    fast = module.modulate(theta, module.modulation(params, v))
+    theta, omega = module.group(params, "base"), module.modulation(params, v)
     if not hasattr(options, "inner_steps"):
+        fast = module.modulate(theta, omega)
         support, query = (plain_network(x, fast).flatten(1) for x in (support_x, query_x))
         prototypes = torch.stack([support[support_y == n].mean(0) for n in range(options.ways)])
         return F.cross_entropy(-torch.cdist(query, prototypes).square(), query_y)
 
-    def classify(x):
+    def classify(theta, x):
+        fast = module.modulate(theta, omega)
         return F.linear(plain_network(x, fast).mean((2, 3)), fast["head.weight"], fast["head.bias"])
     for _ in range(options.inner_steps):
-        loss = F.cross_entropy(classify(support_x), support_y)
-        gradients = torch.autograd.grad(loss, [fast[k] for k in theta], create_graph=True)
-        for k, g in zip(theta, gradients):
-            fast = fast | {k: fast[k] - options.inner_lr * g.clamp(-options.inner_clip, options.inner_clip)}
-    return F.cross_entropy(classify(query_x), query_y)
+        loss = F.cross_entropy(classify(theta, support_x), support_y)
+        gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        steps = [options.inner_lr * g.clamp(-options.inner_clip, options.inner_clip) for g in gradients]
+        theta = {k: w - step for (k, w), step in zip(theta.items(), steps)}
+    return F.cross_entropy(classify(theta, query_x), query_y)
 
 
 def prepare_plain(module, options, draw):
@@ -594,20 +595,17 @@ def gpu_card(args):
 
 
 def gpu_table(record):
-    """What bench_gpu found -> Markdown: medians, and how many times faster than the scripts' default (vmap, TF32)."""
-    lines = ["| script | shots | precision | variant | ms an iteration | beside the default | peak MiB |", "|" + " --- |" * 7]
-    measured = [row for row in record["rows"] if "samples" in row]
-    middle = {(r["script"], r["shots"], r["precision"], r["variant"]): statistics.median(r["samples"]) for r in measured}
+    """What bench_gpu found -> Markdown: median milliseconds of one training iteration, a row per script and shots."""
+    columns = sorted({(row["variant"], row["precision"]) for row in record["rows"]},
+                     key=lambda c: (GPU_VARIANTS.index(c[0]), GPU_PRECISIONS.index(c[1])))
+    cells = {}
     for row in record["rows"]:
-        cells = [f"{row['script']}.py", row["shots"], row["precision"], row["variant"]]
-        if "failed" in row:
-            lines.append(f"| {' | '.join(map(str, cells))} | {row['failed']} | - | - |")
-            continue
-        ms = statistics.median(row["samples"])
-        default = middle.get((row["script"], row["shots"], "tf32", "vmap"))
-        ratio = f"{default / ms:.2f}" if default else "-"
-        spread = f"{ms:.4g} ({min(row['samples']):.4g} to {max(row['samples']):.4g})"
-        lines.append(f"| {' | '.join(map(str, cells))} | {spread} | {ratio} | {row.get('peak_MiB', '-')} |")
+        shown = f"{statistics.median(row['samples']):.1f}" if "samples" in row else row["failed"].split(":")[0]
+        cells[row["script"], row["shots"], row["variant"], row["precision"]] = shown
+    lines = [f"| script | shots | {' | '.join(' '.join(c) for c in columns)} |", "|" + " --- |" * (2 + len(columns))]
+    for name, shots in dict.fromkeys((row["script"], row["shots"]) for row in record["rows"]):
+        found = [cells.get((name, shots, *c), "-") for c in columns]
+        lines.append(f"| {name}.py | {shots} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
@@ -620,11 +618,11 @@ def gpu_verdict(record):
             if row["script"] == name and row["shots"] == 5 and row["precision"] == "tf32" and "samples" in row:
                 found[row["variant"]] = statistics.median(row["samples"])
         if "vmap" not in found:
-            lines.append(f"{name}.py: its default was not measured")
+            lines.append(f"{name}.py: vmap was not measured")
             continue
         best = min(found, key=found.get)
         ratio = found["vmap"] / found[best]
-        lines.append(f"{name}.py: {best} is the fastest, {ratio:.2f} times as fast as vmap, today's default")
+        lines.append(f"{name}.py: {best} is the fastest, {ratio:.2f} times as fast as vmap (the scripts' default: captured)")
     return "\n".join(lines)
 
 

@@ -109,8 +109,8 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--workers", type=int, default=cores(), help="tasks at a time on a CPU, a thread each; changes no bit")
-    p.add_argument("--eager", action="store_true", help="GPU: launch kernel by kernel, do not replay a recorded graph")
+    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, a thread each: same bits")
+    p.add_argument("--eager", action="store_true", help="GPU: kernel by kernel, not a recorded graph")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -301,8 +301,8 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate`, (T, 2): paper's, inductive.
 
-    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU. On
-    a CPU each task has a thread of its own, and the gradients are added in the order of the tasks.
+    In training it adds the mean loss's gradient to .grad (Algorithm 2, 10-12: the sum's). vmap fills a GPU.
+    On a CPU each task has a thread of its own, and gradients are added in the order of the tasks.
     """
     T, weights = len(batch.mode), list(params.values())
 

@@ -73,7 +73,7 @@ TABLE2 = {      # KML paper, Table 2: the same of each mode of 2mode-dagger
 # another table.
 OPTIONS = {"lr": 1e-3, "no_norm_affine": False, "first_order": False, "inner_clip": 20.0, "inner_lr": 0.05,
            "inner_steps": 5, "no_residual": False, "embed": "support", "transductive": False, "generator": "outer",
-           "init_scale": 1.0}
+           "init_scale": 1.0, "distance_scale": 1.0, "adapt": "theta", "repeat_tasks": False}
 HALVING = {"MAML": 0, "ProtoNet": 10000}
 MULTI_MAML = {"omniglot": {"inner_lr": 0.4, "inner_steps": 1}, "": {"inner_lr": 0.01}}
 BUDGET = {"image_size": 84, "channels": 32, "queries": 15, "precision": "fp32"}
@@ -119,6 +119,8 @@ def read_run(file):
         if method not in FAMILIES[family]:
             return None
         modes, args = run["modes"], run["args"]
+        if method == "MMAML+KML":
+            args = {"adapt": "modulated"} | args        # so were runs from before there was this flag
         usual = OPTIONS | {"lr_halve_every": HALVING[family]}
         options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
         steps = ITERATIONS[family]
@@ -156,9 +158,23 @@ def joined(method, modes, singles):
         return absent(method, [mode for mode, run in zip(modes, of) if run is None])
     return absent(method) | {
         "scores": {protocol: {mode: run["scores"][protocol][mode] for mode, run in zip(modes, of)}
-                   for protocol in ("paper", "inductive")},
+                   for protocol in ("paper", "inductive") if all(protocol in run["scores"] for run in of)},
         "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
         "parameters": sum(run["parameters"] for run in of)}
+
+
+def on_the_same_tasks(runs, modes):
+    """Cut the scores of all runs to the test tasks that every run has -> the runs, so that differences of means add up.
+
+    Test task j of a mode is the same for every run: of each mode, the first n tasks are kept, n the smallest number there.
+    """
+    measured = [run["scores"]["paper"] for run in runs if run["scores"]]
+    count = {mode: min(len(scores[mode]) for scores in measured) for mode in modes}
+    cut = []
+    for run in runs:
+        scores = {protocol: {mode: x[:count[mode]] for mode, x in of.items()} for protocol, of in run["scores"].items()}
+        cut.append(run | {"scores": scores})
+    return cut
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -281,6 +297,7 @@ def block(runs, singles):
         order = {m: order.get(m) or absent(m) for m in methods} | {methods[1]: joined(methods[1], modes, singles)}
     rest = [run for run in runs if run not in order.values()]
     rows = [*order.values(), *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run, seed=False), run["seed"]))]
+    rows = on_the_same_tasks(rows, modes)
 
     def published(where):
         return lambda run: show(where[run["method"]][shots == 5] if where and not run["options"] else None)
@@ -306,8 +323,8 @@ def block(runs, singles):
     differences |= {"KML's Table 1": published_difference} if table1 else {}
     differences |= {f"{m}, paper protocol": lambda pair, m=m: show(difference(*pair, "paper", [m]), "+") for m in several}
 
-    counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
-    about = [budget_text(first["budget"], first["family"]), first.get("common", ""), f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
+    count = max(sum(map(len, run["scores"]["paper"].values())) for run in rows if run["scores"])
+    about = [budget_text(first["budget"], first["family"]), first.get("common", ""), f"{count:,} test tasks;",
              "accuracy in %, 95 % interval over tasks.", *sorted({run["note"] for run in runs if run.get("note")})]
     compared = pairs(rows, methods)
     return (f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
