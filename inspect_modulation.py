@@ -9,6 +9,11 @@ prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
     task     root mean square of what is left of M without its mean over all tasks: the part that depends on the task.
     mode     root mean square of the modes' mean M without that mean: the part that depends on the mode alone.
 
+of the outputs of each convolution, over channels and test tasks, in the support pass:
+
+    variance    smallest, median and largest. BatchNorm adds 1e-5 to it, which a small kernel's does not outweigh.
+    deviation   what BatchNorm leaves of it, sqrt(variance / (variance + 1e-5)): 1 where the output is truly normalised.
+
 and of v: how many test tasks lie nearest to the mean v of their own mode, the means being of validation tasks. A mode's
 share of all tasks is what guessing gives. Last, what the network does with v: its accuracy (paper's protocol) when each test
 task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode; in brackets what that changes,
@@ -22,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import Episodes, Task, atomic_write, fail
 
@@ -74,6 +80,39 @@ def accuracies(module, args, params, episodes, vs):
     return found
 
 
+def output_variances(module, params, x):
+    """Variances of the convolutions' outputs for images x (n, 3, S, S) -> {layer: (C_out,)}; `params` as modulated."""
+    found = {}
+    for l in module.LAYERS:
+        y = F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1)
+        found[f"conv{l}"] = y.var((0, 2, 3), correction=0)
+        x = F.relu(module.conv_norm(params, l, x)[0])
+    return found
+
+
+def scales(module, args, params, episodes, count):
+    """Over the first `count` tasks -> {layer: {"variance", "deviation": [smallest, median, largest]}}."""
+    one = [0] if getattr(args, "no_residual", False) else []
+    seen = {f"conv{l}": [] for l in module.LAYERS}
+    for j in range(count):
+        support_x = episodes.tasks(j, 1).support_x[0]
+        omega = module.modulation(params, module.encode_task(params, support_x))
+        modulated = module.modulate(module.group(params, "base"), omega, *one)
+        for layer, variance in output_variances(module, modulated, support_x).items():
+            seen[layer].append(variance)
+    found = {}
+    for layer, variances in seen.items():
+        variance = torch.cat(variances)
+        deviation = (variance / (variance + 1e-5)).sqrt()
+        found[layer] = {"variance": spread(variance), "deviation": spread(deviation)}
+    return found
+
+
+def spread(x):
+    """Smallest, median and largest of a tensor, to three digits."""
+    return [float(f"{y.item():.3g}") for y in (x.min(), x.median(), x.max())]
+
+
 def rms(x):
     return x.square().mean().sqrt().item()
 
@@ -101,6 +140,7 @@ def inspect(folder, count, data_root, cache_dir):
     options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
     return {"method": args.method, "modes": args.modes, "shots": args.shots, "seed": args.seed, **options,
             "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers, "accuracy": scores,
+            "outputs": scales(module, args, params, test, min(count, 20)),
             "change": changes, "per_task": {what: x.round(4).tolist() for what, x in per_task.items()},
             "v": {"right_mode_percent": 100 * (nearest == mode).float().mean().item(), "norm": v.norm(dim=1).mean().item(),
                   "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
@@ -127,6 +167,9 @@ def main():
               f"seed {row['seed']}, after {row['iteration']} iterations")
         for layer, x in row["M"].items():
             print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
+        for layer, x in row["outputs"].items():
+            variance, deviation = (" to ".join(f"{y:.3g}" for y in x[what]) for what in ("variance", "deviation"))
+            print(f"    {layer}: outputs have variance {variance}, after BatchNorm deviation {deviation}")
         print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
         for what, score in row["accuracy"].items():
             print(f"    accuracy with {what:20}", *(f"{name} {x['mean']:.2f} ({row['change'][what][name]['mean']:+.2f} +- "

@@ -104,7 +104,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, a thread each: same bits")
+    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
     p.add_argument("--eager", action="store_true", help="GPU: kernel by kernel, not a recorded graph")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")

@@ -10,6 +10,7 @@ photographs), unless a second network looks at the support images, says in 128 n
 is, and changes f: each channel's activations (film, as in mmaml.py) or each kernel entry (kml, as in kml.py):
     film   Y^ = (1 + scale(v)) * Y + shift(v)        after BatchNorm; this is MProtoNet
     kml    W^ = W * (1 + M(v)),  b^ = b + db(v)      M(v) = outer(g1(v), g2(v)); this is MProtoNet+KML
+As a C_out x 9 C_in matrix M has rank 1 in layer 1, rank 3 in layers 2 to 4: see kml.py.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l}         the network f; no head
@@ -25,7 +26,8 @@ Read it beside kml.py (`diff kml.py mprotonet.py`): prototypes in place of the h
 Run:  python mprotonet.py --synthetic --quick     a minute on two CPU cores, no download; prints accuracies
       python mprotonet.py --modes omniglot miniimagenet --shots 5 --modulation film
 The released KML code does three things that its paper does not say. Here they are flags, and off:
---no-residual, --embed query, --transductive; --official is all three. (Their bugs are left out: README.)
+--no-residual, --embed query, --transductive; --official is all three. (Their bugs are left out: README.) Its
+ProtoNet, without modulation, is transductive too: --modulation none --official.
 """
 import argparse
 import json
@@ -91,8 +93,12 @@ def get_args(argv=None):
                    help="v of the query pass is of the support images (P), of the query images (C), or, in "
                         "both passes, one learned vector, blind to the task: the control neither has")
     p.add_argument("--transductive", action="store_true", help="move prototypes by soft labels (P no, C yes)")
-    p.add_argument("--official", action="store_true", help="as C: --no-residual --embed query --transductive")
-    p.add_argument("--init-scale", type=float, default=1.0, help="of the initial base kernels (P, C: 1)")
+    p.add_argument("--official", action="store_true",
+                   help="as C: --no-residual --embed query --transductive; without modulation the last alone")
+    p.add_argument("--init-scale", type=float, default=1.0,
+                   help="of the initial base kernels (P, C: 1); 0.01 is the size of W * M's kernels")
+    p.add_argument("--distance-scale", type=float, default=1.0,
+                   help="logits are minus this times the squared distances (P, C: 1)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks an iteration (C: 10)")
     p.add_argument("--repeat-tasks", action="store_true",
                    help="draw an iteration's tasks with replacement (C: yes, at test too)")
@@ -108,7 +114,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural stand-ins for the modes: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, a thread each: same bits")
+    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
     p.add_argument("--eager", action="store_true", help="GPU: kernel by kernel, not a recorded graph")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: convolutions only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
@@ -123,7 +129,9 @@ def get_args(argv=None):
     if p.parse_known_args(argv)[0].quick:
         p.set_defaults(**QUICK)
     if p.parse_known_args(argv)[0].official:
-        p.set_defaults(no_residual=True, embed="query", transductive=True)
+        p.set_defaults(transductive=True)
+        if p.parse_known_args(argv)[0].modulation != "none":
+            p.set_defaults(no_residual=True, embed="query")
     args = p.parse_args(argv)
     for flag, of in {"generator": ("kml",), "no_residual": ("kml",), "embed": ("kml", "film")}.items():
         if getattr(args, flag) != defaults[flag] and args.modulation not in of:
@@ -251,9 +259,12 @@ def modulate(theta, omega, one=1):
     """KML's theta^: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7). FiLM
     leaves theta alone: its omega goes along, for `forward` to apply to the activations of each layer.
 
-    one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 100 times smaller.
-    BatchNorm hides that from the activations, but the steps of encoder and generator, which Adam gives a size
-    of their own, are now as much larger relative to the kernel (those of W are not: M multiplies them too).
+    one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 100 times smaller,
+    which has two effects. The outputs of the convolutions have a variance near 1e-6, below BatchNorm's epsilon
+    of 1e-5: they are not normalised to a deviation of 1 but to 0.2 to 0.5 in the median channel. So the size of
+    a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
+    --distance-scale are controls for this.) And the steps of encoder and generator, which Adam gives a size of
+    their own, are about 100 times larger relative to the kernel. (Those of W are not: M multiplies them.)
     The bias offset db does nothing: BatchNorm subtracts it (kml.py).
     """
     kernels = {k: theta[k] * (one + M.reshape(theta[k].shape)) for k, M in omega.items() if "weight" in k}
@@ -321,10 +332,10 @@ def task_loss(params, task, args, evaluate=False):
 
     def classify(stats=None):
         query, _ = forward(fast, task.query_x, stats)
-        logits = -squared_distances(query, prototypes)
+        logits = -args.distance_scale * squared_distances(query, prototypes)
         if args.transductive:       # C, done right: one step of soft k-means (Ren et al., ICLR 2018, Eq. 3)
             both = torch.cat([support, query]), torch.cat([members, logits.softmax(1)])
-            logits = -squared_distances(query, class_means(*both))
+            logits = -args.distance_scale * squared_distances(query, class_means(*both))
         return logits
     logits = classify()
     loss = F.cross_entropy(logits, task.query_y)                                    # 8: loss on Q

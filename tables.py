@@ -847,6 +847,13 @@ def afr_multi(runs):
     rows = dict(sorted(rows.items(), key=lambda row: (row[0][0] != "single", row[0][1], list(afr.METHODS.values()).index(row[0][2]), *map(str, row[0][3:]))))
     tasks = [task for task in AFR_ORDER if any(task in group for group in rows.values())]
 
+    for task in tasks:                                      # all numbers of a column are of the same test tasks
+        holders = [group for group in rows.values() if task in group]
+        count = min(len(group[task]["scores"][key, task]) for group in holders for key in afr.KEYS)
+        for group in holders:
+            cut = {key: x[:count] if key[1] == task else x for key, x in group[task]["scores"].items()}
+            group[task] = group[task] | {"scores": cut}
+
     def name(key):
         return f"{key[0]} meta-task{f' ({key[1]})' * bool(key[1])}, {key[3]}, {key[4]} filters" + f", seed {key[5]}" * bool(key[5])
 

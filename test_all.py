@@ -44,6 +44,7 @@ import afr
 import bench
 import data
 import inspect_gradients
+import inspect_modulation
 import kml
 import mmaml
 import modgrad
@@ -531,6 +532,43 @@ def test_whose_steps_no_residual_makes_larger():
     assert 0.7 < change["conv3", True] / change["conv3", False] < 1.4
 
 
+@pytest.mark.parametrize("module", [kml, mprotonet])
+def test_ranks_of_m(module):
+    """As a C_out x 9 C_in matrix: rank 1 in layer 1 (one pattern of 27 entries for all filters), rank 3 in layers 2 to 4."""
+    _, params = make_params(module, "kml")
+    omega = module.modulation(params, torch.rand(128, generator=torch.Generator().manual_seed(0)).double())
+    theta = module.group(params, "base")
+    ranks = [torch.linalg.matrix_rank(omega[f"conv{l}.weight"].view_as(theta[f"conv{l}.weight"]).flatten(1)).item() for l in module.LAYERS]
+    assert ranks == [1, 3, 3, 3]
+    first = omega["conv1.weight"].view_as(theta["conv1.weight"])
+    torch.testing.assert_close(first / first[:, :1, :1, :1], (first / first[:, :1, :1, :1])[:1].expand_as(first))
+
+
+def test_batchnorm_does_not_hide_the_size_of_kernels_without_the_residual():
+    """W * M at the start: outputs of variance near 1e-6 beside an epsilon of 1e-5. With the residual epsilon is nothing."""
+    task, found = make_task(ways=5, shots=5, size=42, dtype=torch.float32), {}
+    for name, words in (("residual", []), ("product", ["--no-residual"])):
+        args = get_args(mprotonet, *words)
+        params = mprotonet.init_params(args)
+        omega = mprotonet.modulation(params, mprotonet.encode_task(params, task.support_x))
+        modulated = mprotonet.modulate(mprotonet.group(params, "base"), omega, 0 if args.no_residual else 1)
+        found[name] = inspect_modulation.output_variances(mprotonet, modulated, task.support_x)
+    for variance in found["product"].values():
+        assert 1e-8 < variance.median() < 1e-5
+        deviation = (variance / (variance + 1e-5)).sqrt()
+        assert deviation.median() < 0.6
+        assert deviation.max() > 2 * deviation.min(), "a gate for each channel"
+    assert all(variance.median() > 1e-4 for variance in found["residual"].values())
+
+
+def test_the_scale_of_distances_is_a_temperature():
+    (args, params), (scaled, _), task = make_params(mprotonet, "none"), make_params(mprotonet, "none", "--distance-scale", 0.25), make_task()
+    one, two = mprotonet.task_loss(params, task, args, evaluate=True), mprotonet.task_loss(params, task, scaled, evaluate=True)
+    torch.testing.assert_close(two[1], 0.25 * one[1])
+    torch.testing.assert_close(two[2], 0.25 * one[2])
+    torch.testing.assert_close(two[0], F.cross_entropy(0.25 * one[1], task.query_y))
+
+
 def test_what_the_query_pass_is_modulated_by(monkeypatch):
     """--embed support, query, constant, and --no-residual as task_loss uses them: the kernels of each pass."""
     original, used = mprotonet.forward, []
@@ -569,6 +607,8 @@ def test_flags_of_the_released_code(capsys):
     for words in (["--embed", "query"], ["--transductive"]):
         args, params = make_params(mprotonet, "kml", *words)
         assert len(mprotonet.task_loss(params, make_task(), args, evaluate=True)) == 2, "no inductive logits"
+    baseline = get_args(mprotonet, "--modulation", "none", "--official")
+    assert (baseline.transductive, baseline.no_residual, baseline.embed) == (True, False, "support")
     for words in ("--modulation none --embed query", "--modulation film --no-residual", "--modulation film --official",
                   "--modulation none --generator full"):
         fails(capsys, functools.partial(mprotonet.get_args, words.split()), "means nothing with --modulation", "kml")
@@ -1628,6 +1668,34 @@ def test_flags_that_a_method_does_not_use_make_no_other_run(capsys):
         assert module.identity(one) == module.identity(two) and one.out == two.out
         assert capsys.readouterr().err.count("does not use") == unused.count("--")
     assert afr.identity(get_args(afr, "--modulation", "pam", "--kl-weight", 2)) != afr.identity(get_args(afr, "--modulation", "pam"))
+
+
+def test_the_backbone_and_linear_heads_start_as_in_mamls_code():
+    """Uniform by Xavier's rule, as tf.contrib.layers.xavier_initializer_conv2d draws; biases at zero."""
+    params = afr.init_params(get_args(afr, "--modulation", "none", "--seed", 1))
+    torch.manual_seed(0)
+    for l, c_in in ((1, 3), (2, 32), (3, 32), (4, 32)):
+        wanted = torch.cat([torch.nn.init.xavier_uniform_(torch.empty(32, c_in, 3, 3)) for _ in range(20)])
+        assert drawn_alike(params[f"conv{l}.weight"], wanted)
+        assert not params[f"conv{l}.bias"].any()
+        assert not drawn_alike(params[f"conv{l}.weight"], math.sqrt(2 / (9 * c_in)) * torch.randn(20 * 32 * c_in * 9)), "or this would not tell"
+    assert drawn_alike(params["head.classification.weight"], torch.cat([torch.nn.init.xavier_uniform_(torch.empty(5, 800)) for _ in range(20)]))
+
+
+@pytest.mark.parametrize("words", [["--modulation", "none"], ["--modulation", "am"], ["--algorithm", "maml"]])
+def test_high_level_tasks_pull_at_the_backbone_alike(words, few_scenes, cache):
+    """At the start the norms of the four tasks' gradients at the backbone are within a factor of 10."""
+    args = get_args(afr, "--tasks", *data.KINDS, "--modes", "scenes", "--image-size", 28, "--cache-dir", cache, "--meta-batch", 2,
+                    "--queries", 5, *words)
+    params = {k: w.requires_grad_() for k, w in afr.init_params(args).items()}
+    batches = data.MetaTasks(args, "train").tasks(0, 2 * len(data.KINDS))
+    norms = afr.backbone_gradients(params, batches, args, None)
+    assert list(norms) == list(data.KINDS)
+    assert max(norms.values()) < 10 * min(norms.values()), norms
+    for part in ("depth.conv4", "normals.conv4", "vanishing"):      # and as other layers start, they are not
+        params[f"head.{part}.weight"].data *= 20
+    norms = afr.backbone_gradients(params, batches, args, None)
+    assert max(norms.values()) > 10 * min(norms.values()), "or this would not tell"
 
 
 def test_a_loss_weight_does_not_weigh_the_kl():
@@ -3239,20 +3307,27 @@ def test_quick_is_a_preset_that_flags_override(monkeypatch):
     assert kml.get_args([]).image_size == 84
 
 
-@pytest.mark.parametrize("module", [kml, mmaml])
-def test_the_papers_number_stands_beside_the_papers_run_alone(module, capsys):
+VARIANTS = {     # flags that make another run than the paper's
+    kml: ("--no-norm-affine", "--adapt modulated", "--repeat-tasks", "--inner-lr 0.5", "--image-size 28"),
+    mmaml: ("--no-norm-affine", "--adapt modulated", "--repeat-tasks", "--inner-lr 0.5", "--image-size 28"),
+    mprotonet: ("--no-residual", "--embed query", "--transductive", "--init-scale 0.01", "--distance-scale 0.25", "--image-size 28"),
+    modgrad: ("--start-at-one", "--steps 2", "--alpha 0.3", "--adapt conv4", "--first-order", "--image-size 28"),
+    afr: ("--embed constant", "--filters 64", "--alpha 0.05", "--first-order", "--image-size 28")}
+
+
+@pytest.mark.parametrize("module, flags", [(module, flags) for module, of in VARIANTS.items() for flags in ("", "--seed 3", *of)])
+def test_the_papers_number_stands_beside_the_papers_run_alone(module, flags, capsys):
     """A variant is named in the title instead."""
-    result = {"test_tasks": 1000, "iterations": 9, "seconds_per_iteration": 1.0,
-              "accuracy": {"overall": {"mean": 70.0, "ci95": 0.5}}, "accuracy_inductive": None}
-    variants = (["--no-norm-affine"], ["--adapt", "modulated"], ["--repeat-tasks"], ["--inner-lr", "0.5"], ["--image-size", "28"])
-    for words in ([], ["--seed", "3"], *variants):
-        args = get_args(module, *words)
-        module.report(result | {"method": args.method}, args)
-        printed = capsys.readouterr().out
-        number = str(module.PAPER[args.method]["MO"][0])
-        assert (number in printed) == (words in ([], ["--seed", "3"])), words
-        if words in variants[:4]:
-            assert " ".join(words) in printed.split("\n")[1]
+    args = get_args(module, *flags.split())
+    score = {"overall": {"mean": 70.0, "ci95": 0.5}}
+    result = {"method": args.method, "test_tasks": 1000, "iterations": 9, "seconds_per_iteration": 1.0, "accuracy": score,
+              "accuracy_inductive": score, "nil_or_error": score, "nil_or_error_inductive": score, "transfer": {}}
+    module.report(result, args)
+    printed = capsys.readouterr().out
+    assert (module.TABLE in printed) == (flags in ("", "--seed 3")), flags
+    if flags not in ("", "--seed 3", "--image-size 28", "--adapt conv4"):
+        assert flags in printed.split("\n")[1]
+    assert "conv4" in printed or flags != "--adapt conv4"
 
 
 def test_defaults_are_the_contract():
@@ -3414,7 +3489,7 @@ def test_the_diff_shows_one_idea():
     # afr.py's: several high-level tasks, a second measure of each, and intervals over domains.
     other = (HERE / "afr.py").read_text().split("# Below this line")[1].split("\n")
     changes = [c for c in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes() if c[0] != "equal"]
-    assert sum(c[2] - c[1] for c in changes) <= 56, "lines of the shared text that are not in afr.py"
+    assert sum(c[2] - c[1] for c in changes) <= 80, "lines of the shared text that are not in afr.py"
     lines = (HERE / "mprotonet.py").read_text().split("\n")
     assert len(lines) <= 580
     assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
@@ -4093,8 +4168,7 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
     assert not [number for number in said if number not in "\n".join(lines)], "what the text says stands in its tables"
 
 
-@pytest.mark.parametrize("head, least, numbers", [("### Transference between tasks", 12, 8), ("### Attentive feature reuse on real images", 14, 5),
-                                                  ("### Attentive feature reuse on ray-cast scenes", 6, 5), ("### 2D navigation", 13, 4),
+@pytest.mark.parametrize("head, least, numbers", [("### Transference between tasks", 12, 8), ("### 2D navigation", 13, 4),
                                                   ("### Half-cheetah, forwards or backwards", 9, 2),
                                                   ("### Multi-shot learning on real alphabets", 20, 2), ("### Image completion on real faces", 11, 4)])
 def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
