@@ -73,7 +73,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import KINDS, MetaTasks, Task, atomic_write, canonical_mode, cores, fail, in_threads, student
+from data import (
+    KINDS,
+    MetaTasks,
+    Task,
+    atomic_write,
+    canonical_mode,
+    cores,
+    fail,
+    in_threads,
+    student,
+)
 
 METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "AM", ("anil", "pam"): "P-AM"}
 PARTS = ("backbone", "head", "attention")           # of the parameters

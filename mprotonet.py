@@ -260,12 +260,12 @@ def modulate(theta, omega, one=1):
     leaves theta alone: its omega goes along, for `forward` to apply to the activations of each layer.
 
     one = 0 is --no-residual, W * M as the released code has it. Kernels then start about 100 times smaller,
-    which has two effects. The outputs of the convolutions have a variance near 1e-6, below BatchNorm's epsilon
-    of 1e-5: they are not normalised to a deviation of 1 but to 0.2 to 0.5 in the median channel. So the size of
-    a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
-    --distance-scale are controls for this.) And the steps of encoder and generator, which Adam gives a size of
-    their own, are about 100 times larger relative to the kernel. (Those of W are not: M multiplies them.)
-    The bias offset db does nothing: BatchNorm subtracts it (kml.py).
+    which has two effects. First, the outputs of the convolutions have a variance near 1e-6, below
+    BatchNorm's epsilon of 1e-5. They are not normalised to a deviation of 1, but to 0.2 to 0.5 in the
+    median channel, so the size of a kernel acts as a gate for its channel, and as a temperature of the
+    distances. (--init-scale 0.01 and --distance-scale are controls for this.) Second, the steps of encoder
+    and generator, which Adam gives a size of their own, are about 100 times larger relative to the kernel.
+    (Not those of W: M multiplies them.) The bias offset db does nothing: BatchNorm subtracts it (kml.py).
     """
     kernels = {k: theta[k] * (one + M.reshape(theta[k].shape)) for k, M in omega.items() if "weight" in k}
     biases = {k: theta[k] + db for k, db in omega.items() if "bias" in k}
