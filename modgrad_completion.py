@@ -62,6 +62,7 @@ TABLE, PAPER = "ModGrad's Table 3", defaultdict(dict, {      # CelebA, mean squa
 DEFAULTS = {"modgrad": (1, 0.1, ["fc5"]), "maml": (5, 0.1, ["all"]), "cavia": (5, 1.0, []), "cnp": (0, 0.0, [])}
 LEAST = {"image_size": 4, "hidden": 1, "pixels": 1, "meta_batch": 1, "log_every": 1, "save_every": 1, "test_tasks": 2,
          "val_tasks": 2, "rank": 1, "context": 1}      # of arguments that are numbers; else 0
+SHOWN = ("adapt", "pixels", "order", "image_size", "seed", "synthetic")         # what a report says anyway
 
 
 def column(i):
@@ -84,6 +85,7 @@ def get_args(argv=None):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"layers that the steps change, as fc5 head; or all: {column(2)}")
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
     p.add_argument("--context", type=int, default=128, help="length of v, of CAVIA's and CNP's vector (P, C: 128)")
+    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
     p.add_argument("--inner-clip", type=float, default=10.0, help="of the inner gradient's entries (C: none, but 10 for "
                    "those of each task's outer gradient)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
@@ -134,16 +136,22 @@ def get_args(argv=None):
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "head"):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
-    for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"], "cnp": ["rank", "first_order", "inner_clip"]}[args.algorithm]:
+    unused = {"modgrad": [], "cavia": ["rank", "start_at_one"], "maml": ["rank", "context", "start_at_one"],
+              "cnp": ["rank", "first_order", "inner_clip", "start_at_one"]}
+    for key in unused[args.algorithm]:
         if getattr(args, key) != defaults[key]:
             print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
         setattr(args, key, defaults[key])               # and does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    changed = {k: '+'.join(v) if isinstance(v, list) else v for k, v in identity(args).items()
+               if k not in ("modes", "algorithm") and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in identity(args).items()
-                 if v != defaults.get(k, v) and k not in ("modes", "algorithm")]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
+    mark = ["SYNTHETIC"] if args.synthetic else []
+    args.title = " ".join([args.method, *mark, *args.modes, *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -192,7 +200,12 @@ def adapted_keys(args, params):
 
 
 def init_params(args):
-    """All parameters, drawn from the seed -> flat dict: PyTorch's default, uniform within 1 / root of the inputs' number."""
+    """All parameters, drawn from the seed -> flat dict.
+
+    As PyTorch's own layers: uniform within 1 / root of the number of inputs. (CAVIA's code has a MAML of its own there, whose
+    base is uniform within 1 / root of the number of *outputs*: the first layer is an eighth of ours in size, the last 6.5
+    times as large. Ours starts like the others, so that the algorithms differ in nothing else.)
+    """
     rng, params = torch.Generator().manual_seed(args.seed), {}
 
     def default(name, n_out, n_in):
@@ -214,6 +227,8 @@ def init_params(args):
             for factor, n in zip(("rows", "cols"), params[k].shape) if part == "weight" else (("bias", len(params[k])),):
                 default(f"generator.{layer}.{factor}.1", n, args.context)      # phi: Linear, ReLU, Linear
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
+                if args.start_at_one:
+                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
     return params
 
 
@@ -373,7 +388,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "picture", "runs", "title")
+             "picture", "runs", "title", "variant")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -452,7 +467,8 @@ def train(params, args, checkpoint, stop):
 
 def report(result, args):
     """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    paper = PAPER[result["method"]].get((args.pixels, args.order), "") if args.modes == ["celeba"] and not args.synthetic else ""
+    known = args.modes == ["celeba"] and args.image_size == 32 and not args.synthetic and not args.variant
+    paper = PAPER[result["method"]].get((args.pixels, args.order), "") if known else ""
     print(f"\n{args.title}: {args.pixels} {args.order} context pixels of {args.image_size} x {args.image_size}, {result['test_tasks']} "
           f"test images, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n{result['protocol']}\n"
           f"{'error':16}{'{mean:.4f} +- {ci95:.4f}'.format(**result['error']):20}" + f"{TABLE}: {paper}" * bool(paper))

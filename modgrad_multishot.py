@@ -59,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Alphabets, Task, atomic_write, canonical_mode, fail, student
+from data import Alphabets, Task, atomic_write, canonical_mode, cores, fail, in_threads, student
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
@@ -73,7 +73,8 @@ MARKS = (1, 2, 5, 10, 20, 50, 100)                  # steps after which the accu
 DEFAULTS = {"modgrad": (5, 0.1, ["conv3", "conv4"], "adam", 1e-3), "maml": (5, 0.1, ["all"], "sgd", 0.5),
             "fomaml": (100, 0.1, ["all"], "sgd", 0.5), "reptile": (100, 0.1, ["all"], "sgd", 0.1)}
 LEAST = {"ways": 2, "queries": 1, "batch": 2, "image_size": 16, "channels": 1, "meta_batch": 1, "log_every": 1, "save_every": 1,
-         "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1, "test_steps": 1}     # of numbers; else 0
+         "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1, "test_steps": 1, "workers": 1}     # of numbers; else 0
+SHOWN = ("adapt", "ways", "shots", "image_size", "seed", "synthetic")           # what a report says anyway
 
 
 def column(i):
@@ -100,6 +101,7 @@ def get_args(argv=None):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"layers that the steps change, as conv4 head; or all: {column(2)}")
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5 elsewhere)")
     p.add_argument("--context", type=int, default=300, help="length of v (P: 300 elsewhere)")
+    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
     p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries (L: none)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (maml: this is fomaml)")
     p.add_argument("--meta-batch", type=int, default=20, help="T, tasks an iteration (L: 20)")
@@ -116,6 +118,7 @@ def get_args(argv=None):
     p.add_argument("--synthetic", action="store_true", help="procedural characters in invented alphabets: no download")
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: the network's layers only")
     p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
     p.add_argument("--log-every", type=int, default=50, help="iterations")
@@ -143,16 +146,21 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
     if not 1 <= args.shots[0] <= args.shots[1]:
         fail(f"--shots {args.shots[0]} {args.shots[1]}: give two numbers from 1 on, the smaller one first")
-    for key in {"modgrad": [], "maml": ["rank", "context"]}.get(args.algorithm, ["rank", "context", "first_order"]):
+    unused = {"modgrad": [], "maml": ["rank", "context", "start_at_one"]}
+    for key in unused.get(args.algorithm, ["rank", "context", "first_order", "start_at_one"]):
         if getattr(args, key) != defaults[key]:
             print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
         setattr(args, key, defaults[key])               # and does not make it another run
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    args.title = f"{args.method} {'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}"
+    changed = {k: '+'.join(map(str, v)) if isinstance(v, list) else v for k, v in identity(args).items()
+               if k not in ("modes", "algorithm") and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in identity(args).items()
-                 if v != defaults.get(k, v) and k not in ("modes", "algorithm")]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
+    mark = ["SYNTHETIC"] if args.synthetic else []
+    args.title = " ".join([args.method, *mark, *args.modes, *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -250,6 +258,8 @@ def init_params(args):
             for factor, n in sizes.items():             # phi: Linear, ReLU, Linear; sizes of modgrad.py
                 default(f"generator.{layer}.{factor}.1", n, args.context)
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
+                if args.start_at_one:
+                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
     # Channels last is how convolutions like their kernels best.
     return {k: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for k, w in params.items()}
 
@@ -384,24 +394,36 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
     """task_loss of T tasks -> losses (T,) and accuracies (T,) in % on held-out drawings; if `evaluate`: losses (T, K), accuracies
     (T, marks) of the paper's protocol, (T,) inductive.
 
-    In training it adds the mean outer loss's gradient to .grad. vmap fills a GPU; on a CPU a loop is faster, and backward
-    after each task keeps memory from growing with T.
+    In training it adds the mean outer loss's gradient to .grad. vmap fills a GPU. On a CPU each task has a thread of its own,
+    and gradients are added in the order of the tasks.
     """
+    T, weights = len(batch.mode), list(params.values())
+
     def one(task):
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
             loss, *logits = task_loss(params, task, args, evaluate)
-        if not evaluate and not vectorise:
-            (loss / len(batch.mode)).backward()
         shown = loss if evaluate else F.cross_entropy(logits[0], task.query_y)          # Reptile's outer loss is a distance
         return loss, shown, *(100 * (x.argmax(-1) == task.query_y).float().mean(-1) for x in logits)
+
+    def one_in_a_thread(task):
+        with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+            loss, *found = one(task)
+        gradients = () if evaluate else torch.autograd.grad(loss / T, weights)
+        return [x.detach() for x in found], gradients
+
     if vectorise:
         loss, *columns = torch.func.vmap(one)(batch)
         if not evaluate:
             loss.mean().backward()
-    else:
-        tasks = (Task(*(x[i] for x in batch)) for i in range(len(batch.mode)))
-        _, *columns = (torch.stack([x.detach() for x in column]) for column in zip(*map(one, tasks)))
-    return [x.detach() for x in columns]
+        return [x.detach() for x in columns]
+    rows = []
+    tasks = [Task(*(x[i] for x in batch)) for i in range(T)]
+    for found, gradients in in_threads(one_in_a_thread, tasks, args.workers):
+        rows.append(found)
+        for w, g in zip(weights, gradients):
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            w.grad += g
+    return [torch.stack(column) for column in zip(*rows)]
 
 
 def evaluate(params, episodes, count, args):
@@ -426,7 +448,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "test_steps", "title")
+             "test_steps", "title", "variant", "workers")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -515,7 +537,7 @@ def train(params, args, checkpoint, stop):
 
 def report(result, args):
     """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = args.modes == ["omniglot"] and args.ways == 20 and args.test_steps == 100 and not args.synthetic
+    known = args.modes == ["omniglot"] and args.ways == 20 and args.test_steps == 100 and not args.synthetic and not args.variant
     paper, after, curve = PAPER[result["method"]] if known else "", result["after"], result["curve"]
     print(f"\n{args.title}: {args.ways}-way, {args.shots[0]} to {args.shots[1]} shots, {args.image_size} px, {result['test_tasks']} test "
           f"tasks of {len(result['alphabets'])} alphabets, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"

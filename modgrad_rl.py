@@ -66,13 +66,14 @@ TABLE, PAPER = "ModGrad's Figure 8", defaultdict(dict, {                    # re
     "MAML": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-100"},
     "CAVIA": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-90"},
     "ModGrad": {"navigation": "-8", "cheetah-dir": "590", "cheetah-vel": "-80"}})
-# (size of the inner step, adapted layers): MAML's and CAVIA's are those of CAVIA's code; ModGrad's: see above.
+# (size of the inner step, adapted layers): CAVIA's are those of its code, MAML's size that of its paper; ModGrad's: see above.
 DEFAULTS = {"modgrad": (30.0, ["fc1", "fc2"]), "maml": (0.1, ["all"]), "cavia": (1.0, [])}
-CHEETAH_ALPHA = {"cavia": 10.0}                     # where the half-cheetah's step size is another
+CHEETAH_ALPHA = {"cavia": 10.0}                     # where the half-cheetah's step size is another: ours
 HORIZON = {"navigation": 100, "cheetah-dir": 200, "cheetah-vel": 200}
 LEAST = {"fisher_fraction": 1e-6, "hidden": 1, "meta_batch": 1, "log_every": 1, "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1,
          "context": 1, "rollouts": 1, "horizon": 1, "updates": 1, "test_updates": 1, "cg_steps": 1,
          "workers": 1}      # of arguments that are numbers; else 0
+SHOWN = ("adapt", "env", "seed")                    # what a report says anyway
 
 
 def column(i):
@@ -91,14 +92,17 @@ def get_args(argv=None):
     p.add_argument("--hidden", type=int, default=100, help="units of each of the two layers (P: 100)")
     p.add_argument("--updates", type=int, default=1, help="K, inner updates in training, each with new rollouts (C: 1)")
     p.add_argument("--test-updates", type=int, default=3, help="inner updates at test (P: 3)")
-    p.add_argument("--alpha", type=float, help=f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (C)")
+    p.add_argument("--alpha", type=float, help=f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)")
+    p.add_argument("--halve-test-lr", action=argparse.BooleanOptionalAction,
+                   help="half the step size from the second update of a test on (C: with MAML; on for MAML, else off)")
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"what the step changes, as fc2 mean; or all: {column(1)}")
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
-    p.add_argument("--context", type=int, help="length of v (128), of CAVIA's vector (C: 5, and 50 for the half-cheetah)")
+    p.add_argument("--context", type=int, help="length of v (128), of CAVIA's vector (5, C's; 50 for the half-cheetah, ours)")
+    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
     p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
     p.add_argument("--gae-lambda", type=float, default=1.0, help="of the advantages; 1: returns less the baseline (C: 1)")
-    p.add_argument("--meta-batch", type=int, default=40, help="T, tasks an iteration (C: 40; MAML's paper: 20)")
+    p.add_argument("--meta-batch", type=int, default=40, help="T, tasks an iteration (C: 20, MAML's paper too)")
     p.add_argument("--iterations", type=int, default=500, help="outer steps (C: 500)")
     p.add_argument("--max-kl", type=float, default=0.01, help="bound of an outer step (C: 0.01)")
     p.add_argument("--cg-steps", type=int, default=10, help="conjugate gradient's (C: 10)")
@@ -132,7 +136,7 @@ def get_args(argv=None):
     args.method = METHODS[args.algorithm]
     alpha, adapt = DEFAULTS[args.algorithm]
     alpha, context = (alpha, 5) if args.env == "navigation" else (CHEETAH_ALPHA.get(args.algorithm, alpha), 50)
-    usual = {"alpha": alpha, "adapt": adapt, "context": context if args.algorithm == "cavia" else 128,
+    usual = {"alpha": alpha, "halve_test_lr": args.algorithm == "maml", "adapt": adapt, "context": context if args.algorithm == "cavia" else 128,
              "horizon": HORIZON[args.env]}
     for key, value in usual.items():
         defaults[key] = value
@@ -144,18 +148,21 @@ def get_args(argv=None):
             fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
     if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
         fail(f"--algorithm modgrad --adapt {' '.join(args.adapt)}: a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}")
-    for key in {"modgrad": [], "cavia": ["rank"], "maml": ["rank", "context"]}[args.algorithm]:
+    for key in {"modgrad": [], "cavia": ["rank", "start_at_one"], "maml": ["rank", "context", "start_at_one"]}[args.algorithm]:
         if getattr(args, key) != defaults[key]:
             print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
         setattr(args, key, defaults[key])               # and does not make it another run
     if args.fisher_fraction > 1:
         fail(f"--fisher-fraction {args.fisher_fraction}: give a share of the tasks, at most 1")
     args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    args.title = f"{args.method} {args.env}"
+    changed = {k: '+'.join(v) if isinstance(v, list) else v for k, v in identity(args).items()
+               if k not in ("env", "algorithm") and v != defaults.get(k, v)}
     if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in identity(args).items()
-                 if v != defaults.get(k, v) and k not in ("env", "algorithm")]
+        words = [f"{k}={v}" for k, v in changed.items()]
         args.out = os.path.join("runs", "-".join([args.method, args.env, *words]).lower())
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
+    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
+    args.title = " ".join([args.method, args.env, *args.variant])
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
     if args.device not in ("cpu", *gpus):
@@ -372,6 +379,8 @@ def init_params(args, world):
             for factor, n in zip(("rows", "cols"), params[k].shape) if part == "weight" else (("bias", len(params[k])),):
                 default(f"generator.{layer}.{factor}.1", n, args.context)      # phi: Linear, ReLU, Linear
                 default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
+                if args.start_at_one:
+                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
     return params
 
 
@@ -530,9 +539,11 @@ def live(params, world, args, split, first, count, updates):
     targets = goals(world, args, split, first, count)
     fast = {k: w.expand(count, *w.shape) for k, w in start(params, args).items()}
     lived = [act(params, fast, world, targets, args, split, first, 0)]
+    halved = argparse.Namespace(**vars(args) | {"alpha": args.alpha / 2})
     for update in range(1, updates + 1):
+        options = halved if split != "train" and update > 1 and args.halve_test_lr else args
         with torch.no_grad():
-            fast = torch.func.vmap(lambda fast, rollouts: adapt(params, fast, rollouts, args))(fast, lived[-1])
+            fast = torch.func.vmap(lambda fast, rollouts, options=options: adapt(params, fast, rollouts, options))(fast, lived[-1])
         lived.append(act(params, fast, world, targets, args, split, first, update))
     return lived
 
@@ -684,7 +695,7 @@ def identity(args):
     """What makes two runs the same run: the method, and the arguments that change what is learned."""
     other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "workers", "out", "test_updates",
              "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "picture", "runs", "title")
+             "picture", "runs", "title", "variant", "halve_test_lr")
     return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
 
 
@@ -755,7 +766,7 @@ def train(params, world, args, checkpoint, stop):
 
 def report(result, args):
     """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    paper = PAPER[result["method"]].get(args.env, "")
+    paper = "" if args.variant else PAPER[result["method"]].get(args.env, "")
     print(f"\n{args.title}: {result['test_tasks']} test tasks of {args.rollouts} rollouts, after {result['iterations']} iterations of "
           f"{result['seconds_per_iteration']} s\n{result['protocol']}")
     for update, row in enumerate(result["returns"]):
@@ -787,7 +798,9 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     file, tasks = out / "result.json", hashlib.sha256(goals(world, args, "test", 0, args.test_tasks).numpy().tobytes()).hexdigest()
     result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
-    if [result.get("iterations"), result.get("tasks_sha256"), len(result.get("returns", ()))] != [done, tasks, args.test_updates + 1]:
+    halved = result.get("args", {}).get("halve_test_lr", False)
+    measured = [result.get("iterations"), result.get("tasks_sha256"), len(result.get("returns", ())), halved]
+    if measured != [done, tasks, args.test_updates + 1, args.halve_test_lr]:
         rows = evaluate(params, world, "test", args.test_tasks, args)
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
         git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'

@@ -123,12 +123,15 @@ for steps in 5 10 20 30; do
     done
 done
 
-# ModGrad, Table 3: faces completed from some of their pixels. (Figure 7 is a picture of these runs: see README.)
+# ModGrad, Table 3: faces completed from some of their pixels. (Figure 7 is a picture of these runs: see README.) MAML with ModGrad's
+# step on the layer that ModGrad adapts is the control that the paper lacks.
 for order in random ordered; do
     for pixels in 10 100; do
         for algorithm in cnp maml cavia modgrad; do
             cell "modgrad/table3/$order-$pixels/$algorithm" "" modgrad_completion.py --algorithm $algorithm --pixels $pixels --order $order
         done
+        cell "modgrad/table3/$order-$pixels/maml-same-layer" "" modgrad_completion.py --algorithm maml --adapt fc5 --steps 1 \
+            --pixels $pixels --order $order
     done
 done
 

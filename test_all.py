@@ -1113,6 +1113,27 @@ def test_modulation_of_one_is_maml_on_one_layer():
     assert not torch.allclose(one, plain)
 
 
+def first_step(module, args, params, loss):
+    """What the first inner step of a script's algorithm adds to each weight that it adapts."""
+    fast = {k: params[k] for k in module.adapted_keys(args, params)}
+    after = module.STEPS[args.algorithm](params, fast, loss, args, lambda gradient: gradient)
+    return {k: (after[k] - fast[k]).detach() for k in fast}
+
+
+def test_completion_starts_at_one_as_maml_on_the_same_layer():
+    task, steps = make_image_task(k=50, size=16), {}
+    task = Task(*(x.float() if x.is_floating_point() else x for x in task))
+    for name, words in (("maml", "--algorithm maml --adapt fc5 --steps 1"), ("one", "--start-at-one"), ("zero", "")):
+        args = get_args(modgrad_completion, "--device", "cpu", *words.split())
+        params = modgrad_completion.init_params(args)
+
+        def loss(fast, params=params):
+            return F.mse_loss(modgrad_completion.forward(params | fast, task.support_x), task.support_y)
+        steps[name] = first_step(modgrad_completion, args, params, loss)
+    assert relative_distance(steps["one"], steps["maml"]) < 0.05
+    assert relative_distance(steps["zero"], steps["maml"]) > 0.95
+
+
 def test_the_cnp_does_not_see_the_order_of_its_context():
     args, params = make_completion("cnp")
     task, order = make_image_task(), torch.randperm(7)
@@ -1254,6 +1275,35 @@ def test_the_policy_gradient_and_log_probabilities():
     stepped = modgrad_rl.adapt(params, modgrad_rl.start(params, args), rollouts._replace(log_prob=log_prob.detach()), args)
     for (k, w), g in zip(params.items(), naive):
         torch.testing.assert_close(stepped[k], w - args.alpha * g)
+
+
+def test_rl_starts_at_one_as_maml_on_the_same_layers():
+    steps = {}
+    for name, words in (("maml", ("maml", "--adapt", "fc1", "fc2", "--alpha", 0.1)), ("one", ("modgrad", "--start-at-one", "--alpha", 0.1))):
+        args, world, params = make_rl(*words, "--hidden", 100, "--context", 128, "--horizon", 20)
+        (rollouts,) = one_task(modgrad_rl.live(params, world, args, "train", 0, 2, 0))
+        params = in_double(params)
+        fast = modgrad_rl.start(params, args)
+        after = modgrad_rl.adapt(params, fast, rollouts, args)
+        steps[name] = {k: (after[k] - fast[k]).detach() for k in fast}
+    assert relative_distance(steps["one"], steps["maml"]) < 0.05
+
+
+def test_later_updates_of_a_test_take_half_the_step(monkeypatch):
+    """As CAVIA's code with --halve-test-lr: MAML's from the second on; never in training, nor for the other algorithms."""
+    original, sizes = modgrad_rl.adapt, []
+
+    def spy(params, fast, rollouts, args):
+        sizes.append(args.alpha)
+        return original(params, fast, rollouts, args)
+    monkeypatch.setattr(modgrad_rl, "adapt", spy)
+    for algorithm, words, split, wanted in (("maml", [], "test", [0.1, 0.05, 0.05]), ("maml", [], "train", [0.1] * 3),
+                                            ("maml", ["--no-halve-test-lr"], "test", [0.1] * 3), ("cavia", [], "test", [1.0] * 3),
+                                            ("modgrad", ["--halve-test-lr"], "test", [30.0, 15.0, 15.0])):
+        args, world, params = make_rl(algorithm, *words)
+        sizes.clear()
+        modgrad_rl.live(params, world, args, split, 0, 2, 3)
+        assert sizes == wanted, (algorithm, split)
 
 
 def test_rl_modulation_of_one_is_maml_on_the_same_layers(monkeypatch):
@@ -2286,6 +2336,22 @@ def test_a_reptile_step_goes_towards_the_mean_of_the_ends(vectorise):
     with torch.no_grad():
         found = [F.cross_entropy(modgrad_multishot.run_blocks(end, x, modgrad_multishot.Norm()), y) for end, x, y in zip(ends, batch.query_x, batch.query_y)]
     torch.testing.assert_close(losses, torch.stack(found))      # what is logged is the loss, not the distance
+
+
+def test_multishot_starts_at_one_as_maml_on_the_same_layers():
+    x, y = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(20)
+    steps = {}
+    for name, words in (("maml", "--algorithm maml --adapt conv3 conv4"), ("one", "--start-at-one")):
+        args = get_args(modgrad_multishot, "--device", "cpu", *words.split())
+        params = modgrad_multishot.init_params(args)
+
+        def loss(fast, params=params):
+            return F.cross_entropy(modgrad_multishot.run_blocks(params | fast, x, modgrad_multishot.Norm()), y)
+        fast = {k: params[k] for k in modgrad_multishot.adapted_keys(args, params)}
+        step = {"maml": modgrad_multishot.maml_step, "one": modgrad_multishot.modgrad_step}[name]
+        after = step(params, fast, loss, args, lambda gradient: gradient)
+        steps[name] = {k: (after[k] - fast[k]).detach() for k in fast if "weight" in k}
+    assert relative_distance(steps["one"], steps["maml"]) < 0.05
 
 
 def test_multishot_modulation_of_one_is_maml_on_these_layers():
@@ -3852,7 +3918,7 @@ def check_afr_cells(found):
 def test_run_all_lists_every_cell():
     lines = run_all("--dry-run").stdout.splitlines()
     cells = [line.split("--out runs/")[1].split("  ")[0] for line in lines]
-    assert len(set(cells)) == len(cells) == 175 + 30
+    assert len(set(cells)) == len(cells) == 175 + 4 + 30
     check_afr_cells([(line, cell) for line, cell in zip(lines, cells) if cell.startswith("afr/")])
     check_modgrad_cells([(line, cell) for line, cell in zip(lines, cells)
                          if cell.startswith("modgrad/") and cell.split("/")[1] not in ("table3", "figure5", "figure8")])
@@ -3860,9 +3926,11 @@ def test_run_all_lists_every_cell():
     for line, cell in table3:
         words = shlex.split(line.split("  #")[0])
         args = modgrad_completion.get_args(words[2:])
-        assert (words[1], cell) == ("modgrad_completion.py", f"modgrad/table3/{args.order}-{args.pixels}/{args.algorithm}")
-        assert (args.method in modgrad_completion.PAPER, args.iterations) == (True, 50000)
-    assert len(table3) == 16
+        control = "-same-layer" if args.adapt == ["fc5"] and args.algorithm == "maml" else ""
+        assert (words[1], cell) == ("modgrad_completion.py", f"modgrad/table3/{args.order}-{args.pixels}/{args.algorithm}{control}")
+        assert (args.method in modgrad_completion.PAPER, args.iterations) == (not control, 50000)
+        assert (args.steps, args.alpha) == (1, 0.1) or not control, "ModGrad's step"
+    assert len(table3) == 20
     figure8 = [(line, cell) for line, cell in zip(lines, cells) if "figure8" in cell]
     for line, cell in figure8:
         words = shlex.split(line.split("  #")[0])
