@@ -49,7 +49,8 @@ def load(folder):
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
     if checkpoint["identity"].get("embed") == "query":
         fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
-    return module, argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
+    older = {"distance_scale": 1.0, "adapt": "modulated"}        # what runs from before these flags did
+    return module, argparse.Namespace(**older | checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
 
 
 def embed_and_modulate(module, params, episodes, count):

@@ -59,7 +59,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Alphabets, Task, atomic_write, canonical_mode, cores, fail, in_threads, student
+from data import (
+    Alphabets,
+    Task,
+    atomic_write,
+    canonical_mode,
+    cores,
+    fail,
+    in_threads,
+    student,
+)
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
 LAYERS = ("conv1", "conv2", "conv3", "conv4")

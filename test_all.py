@@ -30,6 +30,7 @@ import tarfile
 import threading
 import time
 import tokenize
+import traceback
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -274,6 +275,79 @@ def test_the_number_of_workers_changes_no_bit(module, modulation):
         assert torch.equal(tested, losses)
         assert torch.equal(both[:, 0], accuracies[:, 0])
     assert torch.get_num_threads() == threads, "the main thread's own number stays"
+
+
+META_CASES = [(kml, []), (mmaml, []), (kml, ["--modulation", "none"]), (mprotonet, []), (mprotonet, ["--official"]), (modgrad, []),
+              *((modgrad, ["--algorithm", algorithm]) for algorithm in ("maml", "metasgd", "cavia", "tnet"))]
+
+
+@contextlib.contextmanager
+def only_on_the_device():
+    """Autocast, which does not know the meta device, does nothing: all else is as on a GPU."""
+    with mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()):
+        yield
+
+
+@pytest.mark.parametrize("module, words", META_CASES)
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_what_a_gpu_runs_never_touches_the_host(module, words, evaluate):
+    """run_tasks on the meta device, whose tensors have no values: one made on the host, .item(), or a shape that depends on
+    values fails here, as they would make a GPU wait."""
+    args = get_args(module, "--shots", 2, "--image-size", 32, "--channels", 4, *words)
+    params = {k: w.to("meta").requires_grad_() for k, w in module.init_params(args).items()}
+    batch = make_task(ways=5, shots=2, queries=3, size=32, tasks=2, dtype=torch.float32)
+    batch = Task(*(x.to("meta") for x in batch))
+    args.device = "meta"
+    with only_on_the_device(), torch.set_grad_enabled(not evaluate):
+        losses, accuracies = module.run_tasks(params, batch, args, vectorise=True, evaluate=evaluate)
+    assert losses.device.type == accuracies.device.type == "meta"
+    assert evaluate or all(w.grad is not None and w.grad.shape == w.shape for w in params.values())
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("modulation", ["none", "am", "pam"])
+def test_what_a_gpu_runs_of_attentive_feature_reuse_never_touches_the_host(modulation, evaluate):
+    args = get_args(afr, "--shots", 2, "--image-size", 32, "--filters", 4, "--meta-batch", 2, "--modulation", modulation)
+    params = {k: w.to("meta").requires_grad_() for k, w in afr.init_params(args).items()}
+    batch = Task(*(x.to("meta") for x in make_task(ways=5, shots=2, queries=3, size=32, tasks=2, dtype=torch.float32)))
+    epsilon = afr.draws(0, args)
+    epsilon = epsilon if epsilon is None else epsilon.to("meta")
+    args.device = "meta"
+    with only_on_the_device(), torch.set_grad_enabled(not evaluate):
+        losses, found = afr.run_tasks(params, [batch], args, True, evaluate=evaluate, epsilon=epsilon)
+    assert found.device.type == losses.device.type == "meta"
+
+
+@pytest.mark.parametrize("module", [kml, mprotonet, modgrad])
+def test_training_waits_for_the_device_at_log_steps_alone(module, tmp_path, cache, monkeypatch):
+    """Counts what would make the host wait for a GPU (.item(), .tolist(), .cpu(), bool()) in each iteration of train()."""
+    waits, done = [], []
+    step = torch.optim.Adam.step
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, **kwargs):
+            ignored = (os.path.join("optim", "adam.py"), os.path.join("optim", "optimizer.py"), data.__file__)      # the last: on a CPU alone
+            if not any(frame.filename.endswith(ignored) for frame in traceback.extract_stack(limit=12)):
+                waits.append((len(done), name))
+            return original(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        count(name)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args, **kwargs: (step(*args, **kwargs), done.append(1))[0])
+    words = ["--synthetic", "--image-size", "16", "--channels", 2, "--meta-batch", 2, "--queries", 2, "--iterations", 12,
+             "--log-every", 5, "--save-every", 100, "--val-every", 0, "--keep-every", 0, "--out", tmp_path, "--cache-dir", cache]
+    args = get_args(module, *words)
+    params = {k: w.requires_grad_() for k, w in module.init_params(args).items()}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        module.train(params, args, None, [])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(done) == 12
+    assert {iteration for iteration, _ in waits} == {5, 10, 12}, "after iterations 5, 10 and the last, and nowhere else"
 
 
 def test_a_run_of_any_number_of_workers_is_the_same_run(tmp_path, cache, monkeypatch):
@@ -2825,6 +2899,10 @@ def test_omniglot_split_is_the_reference():
     want = json.loads((FACTS / "omniglot_split.json").read_text())["splits"]
     assert {s: list(splits[s]) for s in data.SPLITS} == want
     assert {len(images) for s in data.SPLITS for images in splits[s].values()} == {20}
+    alphabets = {s: {name.split("/")[-2] for name in splits[s]} for s in data.SPLITS}
+    assert alphabets["train"] & alphabets["val"] == {"Asomtavruli_(Georgian)"}, "two alphabets are cut: README says which"
+    assert alphabets["val"] & alphabets["test"] == {"Gurmukhi"}
+    assert not alphabets["train"] & alphabets["test"]
 
 
 def miniimagenet_pickle(names, protocol):
@@ -4307,6 +4385,15 @@ def test_multi_x_without_an_inductive_column(tmp_path):
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.split("\n") if line.startswith("| Multi-ProtoNet"))
     assert row.startswith("| Multi-ProtoNet | 69.25 ± 1.10 | - |")
+
+
+def test_transference_results_name_their_commit_or_the_readme_says_that_they_do_not():
+    readme, nameless = (HERE / "README.md").read_text(), set()
+    for file in RESULTS.glob("transference/*/transference.json"):
+        if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", json.loads(file.read_text()).get("commit", "")):
+            nameless.add(file.parent.name)
+    assert nameless == {"half", "self095", "sweep"}
+    assert "`half`, `self095` and `sweep` name no commit" in readme
 
 
 def test_committed_tables_are_those_of_the_result_files(tmp_path):

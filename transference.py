@@ -50,7 +50,7 @@ import torch
 from tqdm import tqdm
 
 import mprotonet
-from data import Episodes, Task, atomic_write, canonical_mode, fail
+from data import Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
 
 NEUTRAL = 0.05          # points of accuracy
 SWEEP = (0.25, 0.5, 2.0, 4.0)                           # times alpha
@@ -161,7 +161,7 @@ def states(place, at, device):
             fail(f"{place} has no params-{wanted}.pt (kept: {sorted(kept) or 'none'}): train with --keep-every "
                  f"{math.gcd(wanted, of)}, or give --at final")
         params = {k: w.to(device, torch.float32) for k, w in params.items()}
-        options = argparse.Namespace(**identity, device=device)
+        options = argparse.Namespace(**{"distance_scale": 1.0} | identity, device=device)      # older runs do not name it
         found.append(State(identity["method"], wanted, of, options, params, Path(place)))
     return found
 
@@ -210,10 +210,14 @@ def single(batch):
 
 
 def over_tasks(function, batch, device, what):
-    """function(task) for every task of the batch, stacked: under vmap, 20 tasks at a time, on a GPU; a loop on a CPU."""
+    """function(task) for every task of the batch, stacked: under vmap, 20 tasks at a time, on a GPU; in threads on a CPU."""
     if device != "cpu":
         return torch.func.vmap(function, chunk_size=20)(batch)
-    rows = [function(task) for task in tqdm(single(batch), desc=what, disable=None, leave=False)]
+
+    def one(task):
+        with torch.no_grad():                           # each thread has a switch of its own
+            return function(task)
+    rows = list(tqdm(in_threads(one, single(batch), cores()), total=len(batch.mode), desc=what, disable=None, leave=False))
     return tuple(torch.stack(column) for column in zip(*rows))
 
 
