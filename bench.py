@@ -1,7 +1,8 @@
 """Speed, beside what it has to be compared with. A figure here is a ratio measured in one run, in alternation.
 
     python bench.py loader --synthetic                      # nothing to download
-    python bench.py train --modes omniglot miniimagenet --shots 1 5 --json bench.json
+    python bench.py train --modes omniglot miniimagenet --shots 5 --meta-batch 4 --json bench.json
+    python bench.py peers --modes omniglot miniimagenet --shots 5 --meta-batch 4
     python bench.py steps --modes miniimagenet --shots 1 5
     python bench.py reuse --modes miniimagenet --shots 1 5
     python bench.py gpu --json bench-gpu.json               # under six minutes; nothing to download
@@ -14,13 +15,18 @@ loader    Tasks a second that come ready for training (float, on the device). Ou
           rival gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
 
 train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
-            floor     what a loop over tasks cannot go below: the same convolutions alone, one by one, forward and
-                      backward (for MAML's inner steps forward, backward and double backward), in the same precision, in
-                      the faster of PyTorch's two memory layouts. (On a GPU, tasks that are run together can.)
-            plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's own layout, all tasks'
-                      graphs kept until one backward at the end; from our sampler
-            decoding  the same, fed by the loader's rival: what the released repositories do
-          Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks.
+            ours      as the script does it: on a CPU tasks in --workers threads; beside it with 1 worker and, where the
+                      processor has it, in bf16
+            floor     what tasks side by side cannot go below: the same convolutions alone, forward and backward (for MAML's
+                      inner steps forward, backward and double backward), run the same way (tasks in threads), in the same
+                      precision, in the faster of PyTorch's two memory layouts
+            plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's threads inside each
+                      operation, PyTorch's own layout, all tasks' graphs kept until one backward at the end; our sampler
+          Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks. With
+          --busy another process spins beside all of them, as on a machine that is shared.
+
+peers     Milliseconds of one training iteration without modulation (MAML, ProtoNet) beside libraries that do the same, where they
+          are installed, each in its own way: higher for MAML's steps, easyfsl for ProtoNet. `pip install higher easyfsl torchvision`.
 
 variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
             loop      one task after another, backward after each: what the scripts do on a CPU
@@ -189,7 +195,7 @@ def script_args(name, args, shots):
     module = importlib.import_module(name)
     words = ["--modulation", SCRIPTS[name], "--modes", *args.modes, "--ways", args.ways, "--shots", shots, "--queries",
              args.queries, "--image-size", args.image_size, "--meta-batch", args.meta_batch, "--data-root", args.data_root,
-             "--cache-dir", args.cache_dir, "--device", args.device, "--precision", args.precision, "--out", "-"]
+             "--cache-dir", args.cache_dir, "--device", args.device, "--precision", args.precision, "--workers", args.workers, "--out", "-"]
     return module, module.get_args([str(word) for word in words] + ["--synthetic"] * args.synthetic)
 
 
@@ -233,18 +239,22 @@ def prepare_floor(module, options, params, layout):
             layers.append((times, inner, x, W, b, torch.rand_like(y).requires_grad_(inner)))
             x = y
 
+    def task(_):
+        for times, inner, x, W, b, gradient in layers:
+            for _ in range(times):
+                with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=bf16):
+                    y = F.conv2d(x, W, b, stride=2, padding=1)
+                leaves = [t for t in (x, W, b) if t.requires_grad]
+                if not inner:
+                    torch.autograd.grad(y, leaves, gradient)
+                    continue
+                first = torch.autograd.grad(y, leaves, gradient, create_graph=True)
+                torch.autograd.grad((y, *first), (*leaves, gradient), (gradient.detach(), *(t.detach() for t in first)))
+
     def run():
-        for _ in range(options.meta_batch):
-            for times, inner, x, W, b, gradient in layers:
-                for _ in range(times):
-                    with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=bf16):
-                        y = F.conv2d(x, W, b, stride=2, padding=1)
-                    leaves = [t for t in (x, W, b) if t.requires_grad]
-                    if not inner:
-                        torch.autograd.grad(y, leaves, gradient)
-                        continue
-                    first = torch.autograd.grad(y, leaves, gradient, create_graph=True)
-                    torch.autograd.grad((y, *first), (*leaves, gradient), (gradient.detach(), *(t.detach() for t in first)))
+        tasks = range(options.meta_batch)
+        for _ in data.in_threads(task, tasks, options.workers) if options.device == "cpu" else map(task, tasks):
+            pass
     return run
 
 
@@ -332,38 +342,180 @@ def clock(function, device, times=1):
     return 1000 * (now() - start) / times
 
 
+def with_threads(number, function):
+    """function, run with so many PyTorch threads inside each operation."""
+    def run():
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            function()
+        finally:
+            torch.set_num_threads(before)
+    return run
+
+
+def spin():
+    """Keep one core busy for ever."""
+    while True:
+        pass
+
+
+@contextlib.contextmanager
+def neighbour(busy):
+    """Another process that spins meanwhile, if `busy`."""
+    process = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+    if busy:
+        process.start()
+    try:
+        yield
+    finally:
+        if busy:
+            process.kill()
+
+
+def has_bf16(device):
+    """Whether bf16 is faster than float32 there by design: a GPU, or a processor with instructions for it."""
+    if device != "cpu":
+        return True
+    file = Path("/proc/cpuinfo")
+    return file.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read_text()))
+
+
+def in_rounds(runs, args):
+    """{what: function}, called in alternation -> {what: [milliseconds of each round]}; a first round warms up."""
+    samples = {what: [] for what in runs}
+    with neighbour(args.busy):
+        for number in range(args.rounds + 1):
+            for what, function in runs.items():
+                took = clock(function, args.device, args.repeat)
+                if number:
+                    samples[what].append(took)
+    return samples
+
+
 def bench_train(name, args, shots):
     """One script at one shape -> {what: [milliseconds of each round]} in alternation, and memory and evaluation beside."""
     step, sample, module, options, params = prepare_step(name, args, shots)
-    loader = torch.utils.data.DataLoader(DecodingLoader(rival_sources(args), args, shots), batch_size=None,
-                                         num_workers=args.workers, prefetch_factor=2)
-    tasks, queue = iter(loader), []
+    single = prepare_step(name, argparse.Namespace(**vars(args) | {"workers": 1}), shots)[0]
+    queue = []
 
     def ready():                                        # tasks of our sampler, one after another
         if not queue:
             batch = sample()
             queue.extend(zip(batch.support_x, batch.query_x))
         return queue.pop()
-    runs = {"ours": step, "sampler": sample,
+    runs = {"ours": with_threads(1, step), "sampler": with_threads(1, sample),
             "floor": prepare_floor(module, options, params, torch.channels_last),
             "floor, PyTorch's own layout": prepare_floor(module, options, params, torch.contiguous_format),
-            "plain": prepare_plain(module, options, ready), "decoding": prepare_plain(module, options, lambda: next(tasks))}
-    samples = {what: [] for what in runs}
-    for number in range(args.rounds + 1):
-        time.sleep(min(1.0, args.seconds) if number else 0)     # the rival's workers fill their queues and fall silent
-        for what, function in runs.items():
-            if what == "decoding":
-                function()                              # the queue that filled up for free does not count
-            took = clock(function, args.device, args.repeat)
-            if number:                                  # round 0 warms up
-                samples[what].append(took)
+            "plain": with_threads(data.cores(), prepare_plain(module, options, ready))}
+    if args.device == "cpu":
+        runs["ours, 1 worker"] = with_threads(1, single)
+    if has_bf16(args.device) and args.precision == "fp32":
+        half = prepare_step(name, argparse.Namespace(**vars(args) | {"precision": "bf16"}), shots)[0]
+        runs["ours, bf16"] = with_threads(1, half)
+    samples = in_rounds(runs, args)
     count = min(options.test_tasks, 20 * args.repeat)
     test = data.Episodes.of(options, "test")
-    samples["evaluation of 1,000 tasks"] = [clock(lambda: module.evaluate(params, test, count, options), args.device)
-                                            * 1000 / count for _ in range(args.rounds)]
+    evaluation = with_threads(1, lambda: module.evaluate(params, test, count, options))
+    with neighbour(args.busy):
+        samples["evaluation of 1,000 tasks"] = [clock(evaluation, args.device) * 1000 / count for _ in range(args.rounds)]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         memory = pool.apply(peak_memory, (prepare_step, name, args, shots))
     return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples, "peak_MiB": round(memory, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------------ peers
+class PlainNetwork(torch.nn.Module):
+    """The scripts' base network as a module: what a user of a library would hand to it. (n, 3, S, S) -> logits, or features."""
+
+    def __init__(self, params):
+        super().__init__()
+        widths = [params[f"conv{l}.weight"].shape[:2] for l in (1, 2, 3, 4)]
+        layers = []
+        for c_out, c_in in widths:
+            norm = torch.nn.BatchNorm2d(c_out, track_running_stats=False)
+            layers += [torch.nn.Conv2d(c_in, c_out, 3, 2, 1), norm, torch.nn.ReLU()]
+        self.layers = torch.nn.Sequential(*layers)
+        self.head = torch.nn.Linear(widths[-1][0], len(params["head.bias"])) if "head.bias" in params else None
+
+    def forward(self, x):
+        x = self.layers(x)
+        return x.flatten(1) if self.head is None else self.head(x.mean((2, 3)))
+
+
+def prepare_higher(module, options, params, sample):
+    """-> step(): MAML by higher's innerloop_ctx, task after task."""
+    import higher
+    network = PlainNetwork(params)
+    outer, inner = torch.optim.Adam(network.parameters(), lr=options.lr), torch.optim.SGD(network.parameters(), lr=options.inner_lr)
+
+    def step():
+        outer.zero_grad()
+        batch = sample()
+        for i in range(options.meta_batch):
+            with higher.innerloop_ctx(network, inner, copy_initial_weights=False) as (adapted, steps):
+                for _ in range(options.inner_steps):
+                    steps.step(F.cross_entropy(adapted(batch.support_x[i]), batch.support_y[i]))
+                (F.cross_entropy(adapted(batch.query_x[i]), batch.query_y[i]) / options.meta_batch).backward()
+        outer.step()
+    return step
+
+
+def prepare_easyfsl(module, options, params, sample):
+    """-> step(): ProtoNet by easyfsl's PrototypicalNetworks, task after task."""
+    from easyfsl.methods import PrototypicalNetworks
+    network = PrototypicalNetworks(PlainNetwork(params))
+    optimizer = torch.optim.Adam(network.parameters(), lr=options.lr)
+
+    def step():
+        optimizer.zero_grad()
+        batch = sample()
+        for i in range(options.meta_batch):
+            network.process_support_set(batch.support_x[i], batch.support_y[i])
+            (F.cross_entropy(network(batch.query_x[i]), batch.query_y[i]) / options.meta_batch).backward()
+        optimizer.step()
+    return step
+
+
+PEERS = {"mmaml": ("higher", prepare_higher), "mprotonet": ("easyfsl", prepare_easyfsl)}
+
+
+def bench_peers(args, shots):
+    """-> a row for each of PEERS: {"script", "peer", "shots", "samples"}, or, where the library does not run, "failed": why."""
+    rows = []
+    for name, (peer, prepare) in PEERS.items():
+        with mock.patch.dict(SCRIPTS, {name: "none"}):
+            step, sample, module, options, params = prepare_step(name, args, shots)
+        row = {"script": name, "peer": peer, "shots": shots}
+        try:
+            theirs = prepare(module, options, params, sample)
+        except (ImportError, RuntimeError) as error:    # not there, or not for this PyTorch
+            rows.append(row | {"failed": " ".join(str(error).split())})
+            continue
+        runs = {"ours": with_threads(1, step), peer: with_threads(data.cores(), theirs)}
+        rows.append(row | {"samples": in_rounds(runs, args)})
+    if all("failed" in row for row in rows):
+        data.fail(f"peers: {rows[0]['failed']}: pip install higher easyfsl torchvision, then once more")
+    return rows
+
+
+def peers_table(rows, args):
+    """What bench_peers found -> Markdown."""
+    lines = ["| script | shots | ours, ms | peer | ms | peer / ours |", "|" + " --- |" * 6]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['script']}.py --modulation none | {row['shots']} | - | {row['peer']} | {row['failed']} | - |")
+            continue
+        ours, theirs = row["samples"]["ours"], row["samples"][row["peer"]]
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        lines.append(f"| {row['script']}.py --modulation none{', busy' if args.busy else ''} | {row['shots']} | {spread(ours)} | {row['peer']} | "
+                     f"{spread(theirs)} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def spread(samples):
+    """The median, and in brackets the smallest and the largest."""
+    return f"{statistics.median(samples):.4g} ({min(samples):.4g} to {max(samples):.4g})"
 
 
 # --------------------------------------------------------------------------------------------------------- variants
@@ -752,23 +904,23 @@ def variants_table(rows, args):
 
 def train_table(rows, args):
     """What bench_train found -> Markdown."""
-    lines = [("| script | shots | ms an iteration | tasks/s | floor, ms | floor / ours | plain / ours | decoding / ours | sampler | "
-              "peak MiB | s for 1,000 test tasks |"), "|" + " --- |" * 11]
+    head = ("script", "shots", "ours, ms an iteration", "1 worker / ours", "ours / bf16", "floor / ours", "plain / ours", "sampler",
+            "peak MiB", "s for 1,000 test tasks")
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         middle = {what: statistics.median(values) for what, values in row["samples"].items()}
-        ours = row["samples"]["ours"]
         floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
-        lines.append(f"| {row['script']}.py --modulation {row['modulation']} | {row['shots']} | {middle['ours']:.4g} ({min(ours):.4g} to "
-                     f"{max(ours):.4g}) | {1000 * args.meta_batch / middle['ours']:.3g} | {floor:.4g} | {floor / middle['ours']:.2f} | "
-                     f"{middle['plain'] / middle['ours']:.2f} | {middle['decoding'] / middle['ours']:.2f} | "
-                     f"{100 * middle['sampler'] / middle['ours']:.1f} % | {row['peak_MiB']:.0f} | "
-                     f"{middle['evaluation of 1,000 tasks'] / 1000:.3g} |")
+        single = f"{middle['ours, 1 worker'] / middle['ours']:.2f}" if "ours, 1 worker" in middle else "-"
+        half = f"{middle['ours'] / middle['ours, bf16']:.2f}" if "ours, bf16" in middle else "-"
+        lines.append(f"| {row['script']}.py --modulation {row['modulation']}, {args.image_size} px{', busy' if args.busy else ''} | {row['shots']} | "
+                     f"{spread(row['samples']['ours'])} | {single} | {half} | {floor / middle['ours']:.2f} | {middle['plain'] / middle['ours']:.2f} | "
+                     f"{100 * middle['sampler'] / middle['ours']:.1f} % | {row['peak_MiB']:.0f} | {middle['evaluation of 1,000 tasks'] / 1000:.3g} |")
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("part", choices=["loader", "train", "variants", "steps", "reuse", "gpu"])
+    parser.add_argument("part", choices=["loader", "train", "peers", "variants", "steps", "reuse", "gpu"])
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)")
     parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
@@ -778,7 +930,8 @@ def main():
     parser.add_argument("--image-size", type=int, default=84)
     parser.add_argument("--meta-batch", type=int, default=BATCH)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the rival")
+    parser.add_argument("--workers", type=int, default=data.cores(), help="tasks at a time; of loader: processes of the rival")
+    parser.add_argument("--busy", action="store_true", help="train, peers: beside a process that keeps one core busy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeat", type=int, default=1, help="train: iterations in a round")
     parser.add_argument("--seconds", type=float, default=3, help="loader: length of one period")
@@ -814,13 +967,15 @@ def main():
         return
     if args.part == "train":
         record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
+    if args.part == "peers":
+        record["peers"] = [row for shots in args.shots for row in bench_peers(args, shots)]
     if args.part == "variants":
         record["variants"] = [bench_variants(name, args, shots) for name in args.scripts for shots in args.shots]
     if args.part == "steps":
         record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
     if args.part == "reuse":
         record["reuse"] = [row for shots in args.shots for row in bench_reuse(args, shots)]
-    for part, table in (("train", train_table), ("variants", variants_table), ("steps", steps_table), ("reuse", reuse_table)):
+    for part, table in (("train", train_table), ("peers", peers_table), ("variants", variants_table), ("steps", steps_table), ("reuse", reuse_table)):
         if part in record:
             batch = f"{args.meta_batch} tasks an iteration, " * (part != "steps")
             print(f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "
