@@ -3555,7 +3555,7 @@ def test_bench_beside_a_busy_process_and_peers(tmp_path, cache, monkeypatch, cap
 def test_the_same_network_as_a_module_computes_the_same():
     """bench.py peers compares like with like: PlainNetwork is the scripts' base network."""
     for module in (mmaml, mprotonet):
-        args, params = make_params(module, "none")
+        _, params = make_params(module, "none")
         network = bench.PlainNetwork(params).double()
         state = {}
         for l in module.LAYERS:
@@ -4413,13 +4413,13 @@ def test_readme_shows_the_measured_speeds():
         args = argparse.Namespace(**record.get("args", {}))
         if path.name == "bench-gpu.json":
             assert set(bench.gpu_table(record).split("\n")) <= set(readme)
-        for part, table in (("train", bench.train_table), ("variants", bench.variants_table), ("steps", bench.steps_table), ("reuse", bench.reuse_table)):
+        for part, table in (("train", bench.train_table), ("peers", bench.peers_table), ("variants", bench.variants_table), ("steps", bench.steps_table), ("reuse", bench.reuse_table)):
             if part in record:
                 assert args.synthetic is False
                 rows = table(record[part], args).split("\n")
                 assert set(rows) <= set(readme), path
                 shown += len(rows) - 2
-    assert shown == 6 + 2 + 12 + 8
+    assert shown == 3 + 2 + 2 * 2 + 2 + 12 + 8
 
 
 def test_differences_in_the_tables_are_those_of_the_means():
