@@ -363,14 +363,15 @@ def spin():
 @contextlib.contextmanager
 def neighbour(busy):
     """Another process that spins meanwhile, if `busy`."""
+    if not busy:
+        yield
+        return
     process = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
-    if busy:
-        process.start()
+    process.start()
     try:
         yield
     finally:
-        if busy:
-            process.kill()
+        process.kill()
 
 
 def has_bf16(device):

@@ -17,6 +17,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -3514,6 +3515,7 @@ def test_a_diverging_run_says_so(tmp_path, cache, monkeypatch, capsys):
 
 class Here:
     """Stands in for a pool of one fresh process, in which bench.py measures memory: starting one takes seconds."""
+    Process = staticmethod(multiprocessing.get_context("spawn").Process)
     Pool = __enter__ = lambda self, *_: self
     __exit__ = lambda self, *_: None
     apply = staticmethod(lambda function, arguments: function(*arguments))
