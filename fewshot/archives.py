@@ -1,0 +1,168 @@
+"""Read zips, tars, folders and pickles without unpacking them and without running code from them."""
+import hashlib
+import io
+import pickle
+import re
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fewshot.files import fail, files_under
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+CACHE_FORMAT = 1                                    # raise when the decoded pixels would change
+
+
+class Archive:
+    """File names and contents of a zip, a tar or a folder, read in place: nothing is ever unpacked to disk.
+
+    Names of a folder begin with the folder's own name, as they would in an archive of it.
+    """
+
+    def __init__(self, path):
+        self.path, self.zip, self.tar = Path(path), None, None
+        self.remedy = "complete the folder" if self.path.is_dir() else "fetch it again"
+        try:
+            if self.path.is_dir():
+                self.names = [file.relative_to(self.path.parent).as_posix() for file in files_under(self.path)]
+            elif zipfile.is_zipfile(self.path):
+                self.zip = zipfile.ZipFile(self.path)
+                self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
+            else:
+                self.tar = tarfile.open(self.path)                # noqa: SIM115 (read from later on)
+                self.members = {member.name: member for member in self.tar if member.isfile()}
+                self.names = list(self.members)
+        except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            fail(f"{self.path}: not a complete zip or tar archive ({error}): {self.remedy}")
+        for name in self.names:
+            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+                fail(f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, {self.remedy}")
+        self.rank = {name: i for i, name in enumerate(self.names)}      # a compressed tar is fast only read in its order
+
+    def read(self, name):
+        """The bytes of one file."""
+        if name not in self.rank:
+            fail(f"{self.path}: lacks {name}: {self.remedy}")
+        try:
+            if self.zip:
+                return self.zip.read(name)
+            if self.tar:
+                return self.tar.extractfile(self.members[name]).read()
+            return (self.path.parent / name).read_bytes()
+        except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            fail(f"{self.path}: cannot read {name} ({error}): {self.remedy}")
+
+    def find(self, ending):
+        """The one file whose path ends so, whatever folders it lies in."""
+        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and "/._" not in f"/{name}"]
+        return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
+
+    def check(self, what, found, wanted):
+        """A split is a rule over all classes: of an incomplete archive it would silently be another split."""
+        if found != wanted:
+            fail(f"{self.path}: holds {found} of {wanted} {what}, so the split would be another one: {self.remedy}")
+
+    def image_names(self):
+        """Names of the images, without the resource forks and thumbnails that operating systems leave in archives."""
+        return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)
+                and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))]
+
+
+class Pixels:
+    """Images that come as one uint8 array (n, H, W, 3), as pickled data sets do."""
+
+    def __init__(self, path, array):
+        if getattr(array, "dtype", None) != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            fail(f"{path}: holds no uint8 array of images (n, H, W, 3): fetch it again")
+        self.path, self.array, self.rank = path, array, {i: i for i in range(len(array))}
+
+    def read(self, index):
+        if index not in self.rank:
+            fail(f"{self.path}: names image {index} of {len(self.array)}: fetch it again")
+        return self.array[index]
+
+
+class PlainDtype:
+    """Stands in for numpy.dtype while unpickling: numbers only, no objects."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[|<>=]?[biuf][1248]", str(code)):
+            raise pickle.UnpicklingError(f"it holds an array of {code}")
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = {"<": "<", ">": ">"}.get(state[1], "|") + self.code.lstrip("<>|=")
+
+
+class PlainArray:
+    """Stands in for numpy.ndarray while unpickling: filled from bytes by our own hands, not by numpy's __setstate__."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, content = state
+        self.array = np.frombuffer(content.encode("latin1") if isinstance(content, str) else content, dtype.code)
+        self.array = self.array.reshape(shape, order="F" if fortran else "C")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numeric arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
+
+    def find_class(self, module, name):
+        module = module.replace("numpy._core", "numpy.core")            # numpy 2 and numpy 1
+        stand_ins = {
+            ("numpy", "ndarray"): None, ("numpy", "dtype"): PlainDtype,
+            ("numpy.core.multiarray", "_reconstruct"): lambda *_: PlainArray(),
+            ("numpy.core.multiarray", "scalar"): lambda dtype, content: np.frombuffer(content, dtype.code)[0],
+            ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order:
+                np.frombuffer(content, dtype.code).reshape(shape, order=order),
+            ("_codecs", "encode"): lambda text, _: text.encode("latin1")}       # bytes in protocol 2
+        if (module, name) not in stand_ins:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return stand_ins[module, name]
+
+
+def read_pickle(path, content):
+    """Unpickle `content` (bytes or an open file) that came from `path`: a dict of arrays and plain containers."""
+    try:
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        found = PlainUnpickler(file, encoding="latin1").load()
+        return {key: getattr(value, "array", value) for key, value in found.items()}
+    except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
+        fail(f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again")
+
+
+def by_folder(archive, names):
+    """Group image names by the folder they lie in, sorted -> {folder: [(archive, name)]}."""
+    classes = {}
+    for name in sorted(names):
+        classes.setdefault(name.rpartition("/")[0], []).append((archive, name))
+    return classes
+
+
+def fingerprint(paths):
+    """A hash of what a cache is made from: of a zip its table of contents, which has a checksum of each file, of other files their
+    names, sizes and times; not where they lie. So a copy of a zip is the same data, and a result file says so."""
+    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
+    for path in paths:
+        files = files_under(path) if path.is_dir() else [path]
+        for file in files:
+            stat = file.stat()
+            contents = (file.suffix == ".zip" and table_of_contents(file)) or str(stat.st_mtime_ns).encode()
+            digest.update(f"{file.relative_to(path.parent)} {stat.st_size} ".encode() + contents + b"\n")
+    return digest.hexdigest()[:12]
+
+
+def table_of_contents(path):
+    """The central directory of a zip, as bytes: parsing it takes a second where reading it takes none. Empty if there is none, or
+    one of the 64-bit kind, of which nothing is claimed."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 ** 16 - 22))
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6")                          # the record at the end: 12 bytes, size and place of the directory
+        size, place = (int.from_bytes(tail[at + i:at + i + 4], "little") for i in (12, 16))
+        if at < 0 or 2 ** 32 - 1 in (size, place):
+            return b""
+        file.seek(place)
+        return file.read(size)

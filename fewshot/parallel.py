@@ -1,0 +1,75 @@
+"""Cores, threads and recorded GPU graphs: how tasks of a batch run side by side."""
+import concurrent.futures
+import os
+from pathlib import Path
+
+import torch
+
+
+def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")):
+    """Count the CPU cores that this process may use, by its affinity and by its container's quota -> at least 1.
+
+    quotas: the files in which Linux says what a container may use, of control groups version 2 and 1.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for file in map(Path, quotas):
+        try:
+            words = file.read_text().split()                        # "200000 100000": microseconds, of so many
+            if len(words) == 1:
+                words += file.with_name("cpu.cfs_period_us").read_text().split()
+            quota, period = (int(word) for word in words)
+        except (OSError, ValueError):                               # no such file, or "max": no quota
+            continue
+        if quota > 0:
+            allowed = min(allowed, quota // period)
+    return max(1, allowed)
+
+
+def in_threads(function, items, workers):
+    """Yield function(item) of each item, in order. `workers` of them run at a time, each with one PyTorch thread.
+
+    PyTorch's own way is to split each operation over the cores and to wait, after each, for the slowest core. Whole tasks
+    in threads wait for each other once per batch: so they do not suffer from another program on one of the cores, and as
+    each operation runs in one thread, results have the same bits for any number of workers.
+    """
+    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, items)
+
+
+def recorded(function, params):
+    """Make function(batch) wait for Python no more: record its kernels as a CUDA graph, and replay them.
+
+    function: sets the gradients of `params`, a dict of tensors, and returns a tuple of tensors. Recording happens at the
+    first batch; each call copies its batch to where the graph reads. All batches must have the shapes of the first. What
+    a call returns is overwritten by the next one.
+    """
+    held, results, gradients, graph = None, None, None, torch.cuda.CUDAGraph()
+
+    def run():
+        for w in params.values():
+            w.grad = None                           # so that the backward pass sets it, and does not add to it
+        return function(held)
+
+    def record(batch):
+        nonlocal held, results, gradients
+        held = type(batch)(*(x.clone() for x in batch))
+        side = torch.cuda.Stream()                  # PyTorch asks for a few runs on another stream before recording
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            results = run()
+        gradients = {k: w.grad for k, w in params.items()}
+
+    def replay(batch):
+        if held is None:
+            record(batch)
+        for to, x in zip(held, batch):
+            to.copy_(x)
+        graph.replay()
+        for k, w in params.items():
+            w.grad = gradients[k]
+        return results
+    return replay

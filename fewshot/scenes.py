@@ -1,0 +1,335 @@
+"""Ray-cast rooms and folders of photographs, both with depth.
+
+Attentive feature reuse's data, MMT, were never released. In their place: rooms, ray-cast, of which all is known. They are
+synthetic, NOT MMT, and every result made with them says so. Or folders of yours of photographs with depth.
+
+Lengths are metres. The camera looks along z, x goes right and y down; depth is z, not the distance. A room has the same axes,
+z its long one, the floor at y = 0; the vanishing point is where lines along its z meet in the image. A *class* is a kind of
+room: its proportions, furniture, windows. A *domain* is a place with textures, colours, light, a camera and noise of its own.
+Labels are scaled to [0, 1]: depth / 10 m, (normal + 1) / 2, the vanishing point as a share of the image's width and height.
+"""
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fewshot.archives import Archive, by_folder, fingerprint
+from fewshot.draws import Draws, uniform
+from fewshot.files import atomic_write, fail
+from fewshot.published import SPLITS
+
+SCENES_FORMAT = "7d7fcf89da98"                      # change when a drawn pixel would change: caches are named by it
+SCENE_CLASSES = {"train": 32, "val": 16, "test": 16}
+SCENE_DOMAINS = {"train": 20, "val": 5, "test": 10}
+SCENE_IMAGES = 128                                  # a domain, its split's classes in turn
+DEPTH_LIMIT = 10.0                                  # what lies beyond is not known
+BOXES, BALLS = 4, 2                                 # most of them in a room
+FLOOR, CEILING, SIDE, BACK, THINGS = 0, 1, 2, 3, 4  # surfaces; things from 4 on, the panels after them
+
+
+def scene_class(name):
+    """A kind of room -> numbers by name: room (3,) width, height, length; boxes (BOXES, 7) and balls (BALLS, 5) in it; ..."""
+    c = Draws(name)
+
+    def one(low, high):
+        return c(low, high).item()
+    room = np.array([one(2.4, 6), one(2.4, 3.8), one(4.5, 8)])
+    boxes = np.array([[one(0, 1) < 0.8, one(-1, 1), one(0.35, 0.95), one(0.4, 1.5), one(0.3, 2.0), one(0.4, 1.0), one(0, 1) < 0.2]
+                      for _ in range(BOXES)])       # there at all, x, z, width, height, depth, hangs from the ceiling
+    balls = np.array([[one(0, 1) < 0.6, one(-1, 1), one(0.35, 0.8), one(0.2, 0.5), one(0, 1.2) * (one(0, 1) < 0.4)]
+                      for _ in range(BALLS)])       # there at all, x, z, radius, height above the floor
+    windows = np.array([int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7), int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7)])
+    door = np.array([one(0, 1) < 0.7, one(-0.7, 0.7), one(0.4, 0.9), one(1.2, 2.1)])        # there, x, width, height
+    return {"room": room, "boxes": boxes, "balls": balls, "windows": windows, "door": door}
+
+
+def scene_domain(name):
+    """A place -> numbers by name: colours (surfaces, 3), patterns, light, camera, noise."""
+    g = Draws(name)
+
+    def one(low, high):
+        return g(low, high).item()
+
+    def colour(saturation, value):
+        return g.colour(saturation, value)[:, 0, 0, 0]
+    colours = [colour((0.1, 0.7), (0.25, 0.8)), colour((0, 0.3), (0.6, 1)), *(colour((0, 0.6), (0.4, 1)) for _ in range(2))]
+    colours += [colour((0.3, 1), (0.2, 1)) for _ in range(BOXES + BALLS)] + [colour((0, 0.8), (0.1, 1))]
+    textures = ["plain", "stripes", "checks", "tiles", "clouds"]
+    return {"colours": np.array(colours), "patterns": [g.choice(textures) for _ in range(5)],
+            "frequency": [one(0.7, 3) for _ in range(5)], "strength": [one(0.2, 0.6) for _ in range(5)],
+            "ambient": one(0.25, 0.6), "lamp": np.array([one(-0.3, 0.3), one(0.6, 0.95), one(0.1, 0.7)]), "reach": one(3, 12),
+            "tint": 1 - 0.25 * np.array([one(0, 1), one(0, 0.5), one(0, 1)]), "exposure": one(0.8, 1.3), "haze": one(0, 0.08),
+            "grey": one(0.4, 0.9), "dark_corners": one(0, 0.6), "noise": one(0, 0.05), "focal": one(0.7, 1.1),
+            "height": one(1.1, 1.8), "pitch": one(-0.03, 0.14)}
+
+
+def cast(origin, rays, room, boxes, balls):
+    """Follow rays to what they meet first.
+
+    Args: origin (n, 3); rays (n, P, 3), directions of any length; room (n, 2, 3), its lowest and highest corner, around the
+    origin; boxes (n, k, 2, 3) likewise; balls (n, m, 4), centre and radius. A box or a ball of no size is not there.
+    Returns how many lengths of the ray away it is (n, P), its unit normal, which faces the origin's side (n, P, 3), and which
+    surface it is (n, P): FLOOR, CEILING, SIDE, BACK, or THINGS + i, boxes before balls.
+    """
+    o, corner = origin[:, None], np.where(rays > 0, room[:, None, 1], room[:, None, 0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = 1 / rays
+        t = np.where(rays == 0, np.inf, (corner - o) * inverse)
+    axis = t.argmin(-1)
+    nearest = t.min(-1)
+    normal = np.where(np.arange(3) == axis[..., None], -np.sign(rays), 0)
+    down = np.take_along_axis(rays, axis[..., None], -1)[..., 0] > 0
+    surface = np.select([axis == 0, axis == 2], [SIDE, BACK], np.where(down, FLOOR, CEILING))
+    for k in range(boxes.shape[1]):
+        with np.errstate(invalid="ignore"):
+            low, high = ((boxes[:, None, k, end] - o) * inverse for end in (0, 1))
+        enter, leave = np.fmin(low, high), np.fmax(low, high)
+        t = enter.max(-1)
+        hit = (t < leave.min(-1)) & (t > 0) & (t < nearest)
+        face = np.where(np.arange(3) == enter.argmax(-1)[..., None], -np.sign(rays), 0)
+        nearest, surface = np.where(hit, t, nearest), np.where(hit, THINGS + k, surface)
+        normal = np.where(hit[..., None], face, normal)
+    for m in range(balls.shape[1]):
+        away, radius = o - balls[:, None, m, :3], balls[:, None, m, 3]
+        a, b, c = (rays * rays).sum(-1), (rays * away).sum(-1), (away * away).sum(-1) - radius * radius
+        inside = b * b - a * c
+        t = (-b - np.sqrt(np.maximum(inside, 0))) / a
+        hit = (inside > 0) & (radius > 0) & (t > 0) & (t < nearest)
+        outwards = (away + t[..., None] * rays) / np.maximum(radius, 1e-9)[..., None]
+        nearest, surface = np.where(hit, t, nearest), np.where(hit, THINGS + boxes.shape[1] + m, surface)
+        normal = np.where(hit[..., None], outwards, normal)
+    return nearest, normal, surface
+
+
+def pattern(kind, u, v):
+    """A texture in [0, 1] over coordinates of a surface."""
+    if kind == "plain":
+        return 0 * u
+    if kind == "stripes":
+        return 0.5 + 0.5 * np.sin(2 * np.pi * u)
+    if kind == "checks":
+        return ((np.floor(u) + np.floor(v)) % 2).astype(u.dtype)
+    if kind == "tiles":
+        return ((np.minimum(u % 1, v % 1)) < 0.12).astype(u.dtype)
+    return (0.5 + 0.5 * np.sin(1.9 * u + 2 * np.sin(0.8 * v))) * (0.5 + 0.5 * np.sin(2.3 * v + 2 * np.sin(0.7 * u)))
+
+
+def turn(angle, i, j):
+    """Rotations (n, 3, 3) by `angle` (n,) in the plane of axes i and j."""
+    R = np.tile(np.eye(3), (len(angle), 1, 1))
+    R[:, i, i] = R[:, j, j] = np.cos(angle)
+    R[:, j, i] = np.sin(angle)
+    R[:, i, j] = -R[:, j, i]
+    return R
+
+
+def camera_rays(focal, size):
+    """Directions (n, size * size, 3) through the pixels' centres, of z = 1: a hit's distance in them is its depth. focal (n,), in
+    units of the image's width."""
+    at = (np.arange(size) + 0.5) / size - 0.5
+    y, x = np.meshgrid(at, at, indexing="ij")
+    flat = np.stack([x, y], -1).reshape(1, -1, 2) / focal[:, None, None]
+    return np.concatenate([flat, np.ones_like(flat[..., :1])], -1)
+
+
+def draw_scenes(split, domain, first, count, size):
+    """Images number first .. first + count - 1 of a domain, a pure function of the arguments; the classes take turns.
+
+    Returns images (n, S, S, 3) uint8, depth (n, S, S) in metres, normals (n, S, S, 3), vanishing points (n, 2) as shares of the
+    image's width and height, and classes (n,). Colours are averages of four rays, depth and normals of the pixels' centres.
+    """
+    name, rows = f"scenes-{split}-domain-{domain:02d}", slice(first, first + count)
+    g, u = scene_domain(name), Draws(f"{name}-images", first + count)
+    classes = np.arange(first, first + count) % SCENE_CLASSES[split]
+    kinds = [scene_class(f"scenes-{split}-class-{c:02d}") for c in range(SCENE_CLASSES[split])]
+    of = {key: np.array([kinds[c][key] for c in classes]) for key in kinds[0]}
+
+    def each(low, high, *shape):
+        made = np.stack([u(low, high)[rows, 0, 0] for _ in range(int(np.prod(shape)))], -1)
+        return made.reshape(count, *shape) if shape else made[:, 0]
+    # the room with its furniture
+    width, height, length = (of["room"] * each(0.93, 1.07, 3)).T
+    room = np.stack([np.stack([-width / 2, -height, 0 * length], -1), np.stack([width / 2, 0 * height, length], -1)], 1)
+    there, x, z, w, h, d, hangs = np.moveaxis(of["boxes"], -1, 0)
+    w, h, d = np.stack([w, h, d]) * np.moveaxis(each(0.85, 1.15, BOXES, 3), -1, 0)
+    h = np.minimum(h, 0.9 * height[:, None])
+    x = np.clip(x + each(-0.12, 0.12, BOXES), -1, 1) * (width[:, None] - w) / 2
+    z = np.clip(z + each(-0.05, 0.05, BOXES), 0.35, 1) * length[:, None]
+    top, bottom = np.where(hangs > 0, -height[:, None], -h), np.where(hangs > 0, 0.4 * h - height[:, None], 0)
+    low, high = np.stack([x - w / 2, top, z - d / 2], -1), np.stack([x + w / 2, bottom, z + d / 2], -1)
+    boxes = np.stack([low, np.where(there[..., None] > 0, high, low)], 2)
+    there, x, z, radius, lift = np.moveaxis(of["balls"], -1, 0)
+    radius = there * radius * each(0.85, 1.15, BALLS)
+    x = np.clip(x + each(-0.12, 0.12, BALLS), -1, 1) * (width[:, None] / 2 - radius)
+    balls = np.stack([x, -radius - lift, np.clip(z + each(-0.05, 0.05, BALLS), 0.35, 1) * length[:, None], radius], -1)
+    # the camera
+    focal = g["focal"] * each(0.97, 1.03)
+    R = turn(each(-0.26, 0.26), 2, 0) @ turn(-g["pitch"] + each(-0.06, 0.06), 1, 2) @ turn(each(-0.05, 0.05), 0, 1)
+    origin = np.stack([each(-0.2, 0.2) * width, -(g["height"] + each(-0.1, 0.1)), each(0.25, 0.7)], -1)
+    forward = R[:, 2]                                       # the room's z axis, as the camera sees it
+    vanishing = 0.5 + focal[:, None] * forward[:, :2] / forward[:, 2:]
+    rays = camera_rays(focal, size) @ R.transpose(0, 2, 1)
+    depth, normal, _ = cast(origin, rays, room, boxes, balls)
+    normals = (normal @ R).reshape(count, size, size, 3)    # R's transpose turns the room's axes into the camera's
+    # what it looks like
+    rays = (camera_rays(focal, 2 * size) @ R.transpose(0, 2, 1)).astype(np.float32)
+    t, normal, surface = cast(origin.astype(np.float32), rays, *(x.astype(np.float32) for x in (room, boxes, balls)))
+    p = origin[:, None].astype(np.float32) + t[..., None] * rays
+    facing = np.abs(normal).argmax(-1)
+    v, h = np.where(facing == 1, p[..., 2], p[..., 1]), np.where(facing == 0, p[..., 2], p[..., 0])
+    L, H, half = (x[:, None] for x in (length, height, width / 2))
+    number, pane = (np.where(p[..., 0] < 0, of["windows"][:, None, i], of["windows"][:, None, i + 2]) for i in (0, 1))
+    window = (surface == SIDE) & (np.abs((p[..., 2] / L * number) % 1 - 0.5) < pane / 2) & (np.abs(p[..., 1] / H + 0.55) < 0.2)
+    exists, at, broad, tall = (of["door"][:, None, i] for i in range(4))
+    door = (surface == BACK) & (exists > 0) & (np.abs(p[..., 0] - at * (half - broad / 2)) < broad / 2) & (p[..., 1] > -tall)
+    shade = np.zeros_like(t)
+    for i, (kind, frequency, strength) in enumerate(zip(g["patterns"], g["frequency"], g["strength"])):
+        mine = np.minimum(surface, THINGS) == i
+        shade = np.where(mine, strength * pattern(kind, frequency * h, frequency * v), shade)
+    panel = window | door
+    colour = g["colours"][np.where(panel, len(g["colours"]) - 1, surface)] * (1 - np.where(panel, 0, shade))[..., None]
+    lamp = (g["lamp"] + np.stack([each(-0.1, 0.1), 0 * width, each(-0.1, 0.1)], -1)) * np.stack([width, -height, length], -1)
+    towards = lamp[:, None] - p
+    distance = np.sqrt((towards * towards).sum(-1))
+    lambert = np.maximum((towards * normal).sum(-1) / distance, 0) / (1 + (distance / g["reach"]) ** 2)
+    colour = colour * (g["ambient"] + (1 - g["ambient"]) * lambert)[..., None] * g["tint"]
+    clear = np.exp(-g["haze"] * t)[..., None]
+    colour = colour * clear + g["grey"] * (1 - clear)
+    centre = camera_rays(np.ones(1), 2 * size)[0, :, :2]
+    colour *= (g["exposure"] * each(0.85, 1.15)[:, None] * (1 - g["dark_corners"] * (centre * centre).sum(-1)))[..., None]
+    colour = colour.reshape(count, size, 2, size, 2, 3).mean((2, 4))
+    noise = np.stack([uniform(f"{name}-noise-{size}", first + i, size * size * 3) for i in range(count)])
+    colour += g["noise"] * 3 ** 0.5 * (2 * noise - 1).reshape(colour.shape)
+    images = np.rint(255 * np.clip(colour, 0, 1)).astype(np.uint8)
+    return images, depth.reshape(count, size, size), normals, vanishing, classes
+
+
+def normals_from_depth(depth, focal):
+    """Normals of the surface that a depth image shows, by cross products of differences between neighbours.
+
+    Args: depth (S, S) in metres, 0 where not known; focal, the focal length in pixels, the axis through the image's centre.
+    Returns normals (S, S, 3), unit length, facing the camera, and where they are known (S, S): not at the border, beside a
+    hole, or at an edge, where the inverse depth, which is linear over a plane, bends.
+    """
+    S = len(depth)
+    at = np.arange(S) + 0.5 - S / 2
+    points = np.stack([at[None] * depth / focal, at[:, None] * depth / focal, depth], -1)
+    normals, known = np.zeros((S, S, 3)), np.zeros((S, S), bool)
+    right, down = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+    cross = np.cross(down, right)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near = 1 / depth
+        normals[1:-1, 1:-1] = cross / np.linalg.norm(cross, axis=-1, keepdims=True)
+        middle = near[1:-1, 1:-1]
+        bend = [near[1:-1, 2:] + near[1:-1, :-2] - 2 * middle, near[2:, 1:-1] + near[:-2, 1:-1] - 2 * middle]
+        known[1:-1, 1:-1] = np.abs(bend).max(0) < 0.02 * middle            # false where something is infinite or not a number
+    known &= np.isfinite(normals).all(-1)
+    return np.where(known[..., None], normals, 0), known
+
+
+def pack(values, known=True):
+    """Numbers in [0, 1] -> uint16, in steps of 1.5e-5; 0 is: not known."""
+    return np.where(known, 1 + np.rint(65534 * np.clip(np.nan_to_num(values), 0, 1)), 0).astype(np.uint16)
+
+
+def unpack(packed):
+    """The reverse, on torch tensors -> float32; -1 is: not known."""
+    values = packed.to(torch.int32)
+    return torch.where(values == 0, -1.0, (values - 1) / 65534)
+
+
+def store_scenes(folder, split, images, depth, normals, known, domains, vanishing=None):
+    """Write a split to the cache: <split>.npy for Episodes, and the labels of the other tasks beside it."""
+    arrays = {"": images, "-depth": pack(depth / DEPTH_LIMIT, (depth > 0) & (depth <= DEPTH_LIMIT)),
+              "-normals": pack((normals + 1) / 2, known[..., None]), "-domains": domains}
+    for ending, array in (arrays | ({} if vanishing is None else {"-vanishing": vanishing.astype(np.float32)})).items():
+        content = io.BytesIO()
+        np.save(content, array)
+        atomic_write(folder / f"{split}{ending}.npy", content.getvalue())
+
+
+def prepare_scenes(size, cache_dir):
+    """The folder of the ray-cast scenes, drawn once."""
+    folder, step = Path(cache_dir) / f"scenes-{size}-{SCENES_FORMAT}", 16
+    if (folder / "classes.json").exists():
+        return folder
+    classes = {}
+    with tqdm(total=SCENE_IMAGES * sum(SCENE_DOMAINS.values()), desc=f"scenes: ray-casting SYNTHETIC images of {size} px, once",
+              unit=" images", disable=None, leave=False) as bar:
+        for split in SPLITS:
+            parts = []
+            for domain in range(SCENE_DOMAINS[split]):
+                for first in range(0, SCENE_IMAGES, step):
+                    images, depth, normals, vanishing, kinds = draw_scenes(split, domain, first, step, size)
+                    depth, normals = depth.astype(np.float32), normals.astype(np.float32)
+                    parts.append((images, depth, normals, vanishing, kinds, np.full(step, domain)))
+                    bar.update(step)
+            images, depth, normals, vanishing, kinds, domains = (np.concatenate(part) for part in zip(*parts))
+            order = np.argsort(kinds, kind="stable")            # by class, as Episodes wants it
+            images, depth, normals, vanishing, domains = (x[order] for x in (images, depth, normals, vanishing, domains))
+            store_scenes(folder, split, images, depth, normals, np.ones_like(depth, bool), domains, vanishing)
+            classes[split] = [[f"scenes-{split}-class-{c:02d}", int(n)] for c, n in enumerate(np.bincount(kinds))]
+    atomic_write(folder / "classes.json", json.dumps(classes))          # last: its presence says that all is there
+    return folder
+
+
+def depth_folders(paths):
+    """Folders `<split>/<domain>/` that hold a focal.txt -> {split: (archive, {domain: [(photograph, depth image), ...]})}, or None."""
+    found = {}
+    for path in paths:
+        archive = Archive(path)
+        domains = [name.rpartition("/")[0] for name in archive.names if name.endswith("/focal.txt")]
+        by_name = set(archive.names)
+        for domain, files in by_folder(archive, archive.image_names()).items():
+            photographs = [name for _, name in files if not name.lower().endswith(".png")]
+            if domain in domains:
+                pairs = [(name, f"{name.rpartition('.')[0]}.png") for name in photographs]
+                for name, depth in pairs:
+                    if depth not in by_name:
+                        fail(f"{archive.path}: {name} has no depth image {depth} (16 bits, millimetres): put it there, or remove "
+                             "the photograph")
+                found.setdefault(path.stem, (archive, {}))[1][domain] = pairs
+            elif domains:
+                fail(f"{archive.path}: {domain} has no focal.txt (the focal length in pixels), as other folders have: put it there")
+    return found or None
+
+
+def prepare_depth_folders(mode, size, paths, found, cache_dir):
+    """The folder of decoded photographs with depth. The largest square in an image's middle is used; a domain is a class, too."""
+    folder, classes = Path(cache_dir) / f"{mode}-depth-{size}-{fingerprint(paths)}", {}
+    if (folder / "classes.json").exists():
+        return folder
+    for split, (archive, domains) in found.items():
+        parts = []
+        for number, (domain, pairs) in enumerate(domains.items()):
+            text = archive.read(f"{domain}/focal.txt").decode(errors="replace").strip()
+            try:
+                focal = float(text)
+            except ValueError:
+                focal = 0
+            if not focal > 0:
+                fail(f"{archive.path}: {domain}/focal.txt holds {text[:40]!r}: write the focal length in pixels")
+            for name, beside in tqdm(pairs, desc=f"{mode}: {domain}, once", disable=None, leave=False):
+                try:
+                    image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+                    depth = Image.fromarray(np.asarray(Image.open(io.BytesIO(archive.read(beside)))).astype(np.int32))
+                except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
+                    fail(f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it")
+                if image.size != depth.size:
+                    fail(f"{archive.path}: {name} has {image.size} pixels, {beside} {depth.size}: they must be the same view")
+                side = min(image.size)
+                left, upper = (image.width - side) // 2, (image.height - side) // 2
+                box = left, upper, left + side, upper + side
+                pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.LANCZOS))
+                metres = np.asarray(depth.crop(box).resize((size, size), Image.Resampling.NEAREST)) / 1000
+                normals, known = normals_from_depth(metres, focal * size / side)
+                parts.append((pixels, metres.astype(np.float32), normals.astype(np.float32), known, number))
+        images, depth, normals, known, domain_of = (np.stack(part) for part in zip(*parts))
+        store_scenes(folder, split, images, depth, normals, known, domain_of)
+        classes[split] = [[domain.removeprefix(f"{split}/"), len(pairs)] for domain, pairs in domains.items()]
+    atomic_write(folder / "classes.json", json.dumps(classes))
+    return folder
