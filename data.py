@@ -177,7 +177,7 @@ class Episodes:
         drawn = torch.randint(count, (count,), generator=rng).tolist()
         numbers = [(first + at) * M + (first + place) % M for place, at in enumerate(drawn)]
         tasks = [self.tasks(number, 1) for number in numbers]
-        return Task(*(torch.cat(parts) for parts in zip(*tasks)))
+        return type(tasks[0])(*(torch.cat(parts) for parts in zip(*tasks)))
 
     def everything(self, number):
         """All images of the classes of task `number`, with their labels in it -> (n, 3, S, S), (n,)."""

@@ -39,7 +39,6 @@ from tqdm import tqdm
 from data import (
     Episodes,
     Run,
-    Task,
     add_data_flags,
     add_device_flags,
     add_run_flags,
@@ -265,7 +264,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             losses.mean().backward()
         return losses.detach(), accuracies
     losses, accuracies = [], []
-    tasks = map(Task, *batch)  # zips the first, the second, ... entries of all fields
+    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
     for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         losses.append(loss)
         accuracies.append(accuracy)

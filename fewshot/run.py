@@ -124,10 +124,17 @@ def add_run_flags(p, quick, keep="iterations between kept parameters"):
     start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
 
 
-def parse(p, argv, quick):
-    """Read a command line -> args, and the defaults as a dict. Presets of --quick give way to flags beside it."""
+def parse(p, argv, quick, presets=None):
+    """Read a command line -> args, and the defaults as a dict.
+
+    quick: what --quick presets. presets: a function of the flags as typed, for what other flags preset -> dict.
+    A flag that is typed wins over a preset.
+    """
     defaults = vars(p.parse_args([]))
-    if p.parse_known_args(argv)[0].quick:
+    typed = p.parse_known_args(argv)[0]
+    if presets:
+        p.set_defaults(**presets(typed))
+    if typed.quick:
         p.set_defaults(**quick)
     return p.parse_args(argv), defaults
 
