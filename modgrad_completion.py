@@ -1,12 +1,13 @@
-"""The ModGrad cell on image completion: all of a face from a few of its pixels. With CAVIA, MAML and CNP.
+"""The ModGrad cell on image completion: all of a face from a few of its pixels. And baselines: CAVIA, MAML, CNP.
 
 Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learning, ECCV 2020, Section 5.2, Table 3,
 Figure 7. The protocol is that of CAVIA (Zintgraf et al., ICML 2019) and CNP (Garnelo et al., ICML 2018).
 
-The idea. An image is a function from a place (row, column) to a colour, and a *task* is one image: learn the function
-from k *context* pixels, be judged on all of them. A small fully connected network, the same for all images, is adapted
-to the context by inner steps, and meta-trained so that the adapted network has a small error on the whole image. So it
-learns what faces look like, and the context says which face this is. The four algorithms differ in what is adapted:
+The idea. An image is a function from a place (row, column) to a colour, and a *task* is one image: learn the
+function from k *context* pixels, and be evaluated on all pixels. A small fully connected network, the same for all
+images, is adapted to the context by inner steps, and meta-trained so that the adapted network has a small error on
+the whole image. So it learns what faces look like, and the context says which face this is. The four algorithms
+differ in what is adapted:
     modgrad    one layer, by one step whose gradient is modulated entry by entry (see modgrad.py)
     maml       all layers, by 5 plain gradient steps
     cavia      a context vector beside the input, from zero, by 5 plain gradient steps
@@ -24,159 +25,184 @@ learns what faces look like, and the context says which face this is. The four a
 Read it beside modgrad.py: the same inner steps on another network and another loss.
 Run:  python modgrad_completion.py --synthetic --quick     a minute or two on two CPU cores, no download; prints errors
       python modgrad_completion.py --pixels 100 --algorithm cavia
-      python modgrad_completion.py --picture faces.png --runs RUN RUN ...
-What the paper does not give and is chosen here: the CNP's encoder has three layers and its decoder is the same network as
-the rivals', trained by the same squared error (its paper predicts a variance, too); the sister networks of a cell are as
-in modgrad.py.
+      python -m tools.pictures completion faces.png RUN RUN ...         draws what finished runs make of test images
+What the paper does not give and is chosen here: the CNP's encoder has three layers, and its decoder is the same
+network as that of the others, trained by the same squared error (its paper predicts a variance, too); the sister
+networks of a cell are as in modgrad.py.
 """
-import argparse
-import io
-import json
-import math
-import os
-import platform
-import signal
-import sys
-import time
-from collections import defaultdict
-from pathlib import Path
 
+import hashlib
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import Completions, Task, atomic_write, canonical_mode, fail
+from data import (
+    Run,
+    Task,
+    add_data_flags,
+    add_device_flags,
+    add_run_flags,
+    canonical_mode,
+    complete,
+    distinct,
+    fail,
+    fill,
+    new_parser,
+    parse,
+    prepare,
+    reset_unused,
+    uniform,
+)
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "cavia": "CAVIA", "cnp": "CNP"}
 LAYERS = ("fc1", "fc2", "fc3", "fc4", "fc5")
-PARTS = ("base", "encoder", "generator")            # of the parameters; only the CNP has an encoder
+PARTS = ("base", "encoder", "generator")  # of the parameters; only the CNP has an encoder
 PROTOCOL = "mean squared error over all pixels and colours, the context included; colours in [0, 1]"
 QUICK = {"iterations": 400, "test_tasks": 200}
-TABLE, PAPER = "ModGrad's Table 3", defaultdict(dict, {      # CelebA, mean squared error by (pixels, order)
-    "CNP": {(10, "random"): 0.039, (100, "random"): 0.016, (10, "ordered"): 0.057, (100, "ordered"): 0.047},
-    "MAML": {(10, "random"): 0.040, (100, "random"): 0.017, (10, "ordered"): 0.055, (100, "ordered"): 0.047},
-    "CAVIA": {(10, "random"): 0.037, (100, "random"): 0.014, (10, "ordered"): 0.053, (100, "ordered"): 0.047},
-    "ModGrad": {(10, "random"): 0.034, (100, "random"): 0.012, (10, "ordered"): 0.048, (100, "ordered"): 0.043}})
-# (steps, their size, adapted layers): numbers of steps, and ModGrad's size, from its paper; MAML's and CAVIA's sizes from CAVIA's.
-DEFAULTS = {"modgrad": (1, 0.1, ["fc5"]), "maml": (5, 0.1, ["all"]), "cavia": (5, 1.0, []), "cnp": (0, 0.0, [])}
-LEAST = {"image_size": 4, "hidden": 1, "pixels": 1, "meta_batch": 1, "log_every": 1, "save_every": 1, "test_tasks": 2,
-         "val_tasks": 2, "rank": 1, "context": 1}      # of arguments that are numbers; else 0
-SHOWN = ("adapt", "pixels", "order", "image_size", "seed", "synthetic")         # what a report says anyway
+# (steps, their size, adapted layers). Numbers of steps, and ModGrad's size, are its paper's; MAML's and CAVIA's sizes
+# are CAVIA's.
+DEFAULTS = {
+    "modgrad": (1, 0.1, ["fc5"]),
+    "maml": (5, 0.1, ["all"]),
+    "cavia": (5, 1.0, []),
+    "cnp": (0, 0.0, []),
+}
+UNUSED = {  # flags that an algorithm does not use
+    "modgrad": [],
+    "cavia": ["rank", "start_at_one"],
+    "maml": ["rank", "context", "start_at_one"],
+    "cnp": ["rank", "first_order", "inner_clip", "start_at_one"],
+}
 
 
-def column(i):
-    """A column of DEFAULTS for a help text."""
-    return ", ".join(f"{algorithm} {' '.join(row[i]) if i == 2 else row[i]}" for algorithm, row in DEFAULTS.items())
+# ----------------------------------------------------------------------------------------------------- tasks
 
 
-def get_args(argv=None):
-    about = __doc__.split("\n")[0] + " P: the paper's value; C: that of CAVIA's code, ours unless it says so."
-    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    p.error = fail
-    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="the inner step")
-    p.add_argument("--modes", nargs=1, default=["celeba"], metavar="MODE", help="a data set: celeba (P), or any other")
-    p.add_argument("--pixels", type=int, default=10, help="k, context pixels (P: 10 and 100)")
-    p.add_argument("--order", default="random", choices=("random", "ordered"), help="ordered: the first k, row by row")
-    p.add_argument("--image-size", type=int, default=32, help="S, pixels (C: 32)")
-    p.add_argument("--hidden", type=int, default=128, help="units of each of the five layers (P: 128)")
-    p.add_argument("--steps", type=int, help=f"K, inner steps (P: 1 for ModGrad, 5): {column(0)}")
-    p.add_argument("--alpha", type=float, help=f"their size (P: 0.1 for ModGrad): {column(1)}")
-    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"layers that the steps change, as fc5 head; or all: {column(2)}")
-    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
-    p.add_argument("--context", type=int, default=128, help="length of v, of CAVIA's and CNP's vector (P, C: 128)")
-    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
-    p.add_argument("--inner-clip", type=float, default=10.0, help="of the inner gradient's entries (C: none, but 10 for "
-                   "those of each task's outer gradient)")
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
-    p.add_argument("--meta-batch", type=int, default=25, help="T, images an iteration (C: 25)")
-    p.add_argument("--iterations", type=int, default=50000, help="updates (C: 50,000)")
-    p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
-    p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
-    p.add_argument("--test-tasks", type=int, default=1000, help="held-out images")
-    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--val-tasks", type=int, default=200, help="images")
-    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
-    p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
-    p.add_argument("--synthetic", action="store_true", help="procedural faces: no download")
-    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: the network's layers only")
-    p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
-    p.add_argument("--log-every", type=int, default=50, help="iterations")
-    p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
-    p.add_argument("--keep-every", type=int, default=0, help="iterations between kept parameters")
-    p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
-    p.add_argument("--picture", metavar="FILE", help="train nothing: draw test images as completed by --runs, a PNG")
-    p.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="folders of runs")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
-    start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
-    defaults = vars(p.parse_args([]))
-    if p.parse_known_args(argv)[0].synthetic:
-        p.set_defaults(test_tasks=800)                  # all that there are
-    if p.parse_known_args(argv)[0].quick:
-        p.set_defaults(**QUICK)
-    args = p.parse_args(argv)
-    if bool(args.picture) != bool(args.runs):
-        fail("--picture FILE and --runs RUN ... belong together")
-    args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
-    args.method = METHODS[args.algorithm]
-    usual = dict(zip(("steps", "alpha", "adapt"), DEFAULTS[args.algorithm]))
-    if args.algorithm == "cnp" and not (args.steps is args.alpha is None):
-        fail("--algorithm cnp makes no inner steps: leave --steps and --alpha out")
-    for key, value in usual.items():
-        defaults[key] = value
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    if args.algorithm in ("cavia", "cnp") and args.adapt:
-        fail(f"--algorithm {args.algorithm} adapts no layer: leave --adapt out")
-    if args.algorithm != "cnp" and args.steps < 1:
-        fail(f"--steps {args.steps}: give a number from 1 on")
-    for layer in args.adapt:
-        if layer not in ("all", *LAYERS, "head"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
-    unused = {"modgrad": [], "cavia": ["rank", "start_at_one"], "maml": ["rank", "context", "start_at_one"],
-              "cnp": ["rank", "first_order", "inner_clip", "start_at_one"]}
-    for key in unused[args.algorithm]:
-        if getattr(args, key) != defaults[key]:
-            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
-        setattr(args, key, defaults[key])               # and does not make it another run
-    args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    changed = {k: '+'.join(v) if isinstance(v, list) else v for k, v in identity(args).items()
-               if k not in ("modes", "algorithm") and v != defaults.get(k, v)}
-    if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in changed.items()]
-        args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
-    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
-    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
-    mark = ["SYNTHETIC"] if args.synthetic else []
-    args.title = " ".join([args.method, *mark, *args.modes, *args.variant])
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
-    if args.device not in ("cpu", *gpus):
-        fail(f"--device {args.device}: not there; choose from {' '.join(['cpu', *gpus])}")
-    for key, value in vars(args).items():
-        if isinstance(value, (int, float)) and not LEAST.get(key, 0) <= value < 2 ** 63:
-            fail(f"--{key.replace('_', '-')} {value}: give a number from {LEAST.get(key, 0)} on")
-    return args
+class Completions:
+    """Draws regression tasks: an image is a task, whose colours are to be learned from some of its pixels, the *context*.
+
+    Task fields here: support_x (k, 2) the context's places (row / S, column / S), support_y (k, 3) its colours in [0, 1],
+    query_x (S*S, 2) and query_y (S*S, 3) those of all pixels, in raster order. (Garnelo et al., ICML 2018; CAVIA's protocol.)
+
+    Args:
+        mode: a data set, whose classes do not matter here. split, image_size, seed, device and so on: as for `Episodes`.
+        pixels: k. ordered: the context is the first k pixels in raster order, else drawn without replacement.
+
+    A training task is an image drawn with replacement; test and validation tasks go through the split once, in a fixed order
+    that mixes its classes.
+    """
+
+    BLOCK = 256  # tasks that are drawn together; part of what defines a task
+
+    def __init__(
+        self,
+        mode,
+        split,
+        pixels,
+        ordered,
+        image_size,
+        seed=None,
+        device="cpu",
+        root="data",
+        cache_dir=".cache",
+        synthetic=False,
+    ):
+        self.mode, self.split, self.pixels, self.ordered = canonical_mode(mode, root), split, pixels, ordered
+        self.seed, self.size, self.device, self.synthetic = seed, image_size, torch.device(device), synthetic
+        if not 1 <= pixels <= image_size**2:
+            fail(f"--pixels {pixels}: an image has {image_size**2}; give a number from 1 to that")
+        folder = prepare(mode, image_size, root, cache_dir, synthetic)
+        self.folders = [folder.name]  # names what the images were made from
+        images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c")).to(
+            self.device
+        )  # (n, S, S, C) uint8
+        self.images = images.flatten(1, 2)  # (n, S*S, C)
+        n = len(images)
+        self.order = distinct(uniform(f"order of {self.mode} {split}", 0, n)[None], np.array([n]))[0]
+        self.places = torch.cartesian_prod(
+            *[torch.arange(image_size, device=self.device) / image_size] * 2
+        )  # (S*S, 2)
+
+    @classmethod
+    def of(cls, args, split):
+        """Tasks as the flags of a script describe them; only training depends on the seed."""
+        (mode,) = args.modes
+        made = cls(
+            mode,
+            split,
+            args.pixels,
+            args.order == "ordered",
+            args.image_size,
+            args.seed if split == "train" else None,
+            args.device,
+            args.data_root,
+            args.cache_dir,
+            args.synthetic,
+        )
+        if split != "train" and getattr(args, f"{split}_tasks") > len(made.images):
+            fail(
+                f"--{split}-tasks {getattr(args, f'{split}_tasks')}: {made.mode}/{split} has {len(made.images)} images; give at most that"
+            )
+        return made
+
+    def indices(self, first, count):
+        """Images (count,) and context pixels (count, k) of tasks first .. first + count - 1. See `Episodes.draw`."""
+        blocks, found = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1), []
+        name = f"completion {self.mode} {self.split} {self.size} {self.pixels} {self.seed}"
+        for block in blocks:
+            u = uniform(name, block, self.BLOCK * (1 + self.pixels))
+            images = (u[: self.BLOCK] * len(self.images)).astype(np.int64)
+            if self.seed is None:
+                images = np.resize(self.order, (block + 1) * self.BLOCK)[block * self.BLOCK :]
+            context = np.tile(np.arange(self.pixels), (self.BLOCK, 1))
+            if not self.ordered:
+                context = distinct(u[self.BLOCK :].reshape(self.BLOCK, -1), np.full(self.BLOCK, self.size**2))
+            found.append((images, context))
+        start = first - blocks[0] * self.BLOCK
+        return tuple(np.concatenate(parts)[start : start + count] for parts in zip(*found))
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
+        images, context = (torch.from_numpy(x).to(self.device) for x in self.indices(first, count))
+        colours = self.images[images].expand(-1, -1, 3).float() / 255  # (count, S*S, 3)
+        return Task(
+            self.places[context],
+            colours.gather(1, context[..., None].expand(-1, -1, 3)),
+            self.places.expand(count, -1, -1),
+            colours,
+            torch.zeros(count, dtype=torch.int64),
+        )
+
+    def sha256(self, count):
+        """A hash of the first `count` tasks: the mode, its number of images, and the indices drawn."""
+        digest = hashlib.sha256(f"{self.mode} {len(self.images)} {self.size}".encode())
+        for array in self.indices(0, count):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- network
 
+
 def linear(params, name, x):
-    """A layer of a cell or an encoder: in single precision, as bf16 is for the network's own layers."""
+    """A layer of a cell or an encoder, in float32: bf16 is for the network's own layers."""
+    W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(params[f"{name}.weight"].dtype), params[f"{name}.weight"], params[f"{name}.bias"])
+        return F.linear(x.to(W.dtype), W, b)
 
 
 def forward(params, x, context=None):
-    """Places x (n, 2), and what is known of the image, context (C,), beside each -> colours (n, 3)."""
+    """Places x (n, 2), and beside each what is known of the image, context (C,) -> colours (n, 3)."""
     if context is not None:
-        x = torch.cat([x, context.expand(len(x), -1)], 1)
+        beside = context.expand(len(x), -1)
+        x = torch.cat([x, beside], 1)
     for name in LAYERS:
         x = F.relu(F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"]))
-    return F.linear(x, params["head.weight"], params["head.bias"]).to(params["head.weight"].dtype)       # bf16, if chosen, ends here
+    W, b = params["head.weight"], params["head.bias"]
+    return F.linear(x, W, b).to(W.dtype)  # bf16, if chosen, ends here
 
 
 def encode(params, x, y):
@@ -196,172 +222,177 @@ def group(params, name):
 
 def adapted_keys(args, params):
     """Keys of the parameters that inner steps change."""
-    return [k for k in group(params, "base") if "all" in args.adapt or k.split(".")[0] in args.adapt]
+    base = list(group(params, "base"))
+    if "all" in args.adapt:
+        return base
+    return [k for k in base if k.split(".")[0] in args.adapt]
 
 
 def init_params(args):
-    """All parameters, drawn from the seed -> flat dict.
+    """Draw all parameters from the seed -> flat dict.
 
-    As PyTorch's own layers: uniform within 1 / root of the number of inputs. (CAVIA's code has a MAML of its own there, whose
-    base is uniform within 1 / root of the number of *outputs*: the first layer is an eighth of ours in size, the last 6.5
-    times as large. Ours starts like the others, so that the algorithms differ in nothing else.)
+    Layers start as PyTorch's own: uniform within 1 / root of the number of inputs. (CAVIA's code has a MAML of its own
+    there, whose base is uniform within 1 / root of the number of *outputs*: its first layer has an eighth of the size
+    of ours, its last is 6.5 times as large. Ours starts like the others, so the algorithms differ in nothing else.)
     """
-    rng, params = torch.Generator().manual_seed(args.seed), {}
+    rng = torch.Generator().manual_seed(args.seed)
+    params = {}
 
-    def default(name, n_out, n_in):
-        root = math.sqrt(n_in)
-        params[f"{name}.weight"] = (2 * torch.rand(n_out, n_in, generator=rng) - 1) / root
-        params[f"{name}.bias"] = (2 * torch.rand(n_out, generator=rng) - 1) / root
+    def default(name, *shape):
+        root = math.sqrt(math.prod(shape[1:]))  # PyTorch's: uniform within 1 / root of the number of inputs
+        weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
+        params[f"{name}.weight"] = (2 * weight - 1) / root
+        params[f"{name}.bias"] = (2 * bias - 1) / root
 
-    n_in = 2 + (args.context if args.algorithm in ("cavia", "cnp") else 0)
+    n_in = 2
+    if args.algorithm in ("cavia", "cnp"):
+        n_in += args.context
     for name in LAYERS:
         default(name, args.hidden, n_in)
         n_in = args.hidden
     default("head", 3, n_in)
     if args.algorithm == "cnp":
-        for i, (n_out, n_in) in enumerate(((args.hidden, 5), (args.hidden, args.hidden), (args.context, args.hidden)), 1):
-            default(f"encoder.fc{i}", n_out, n_in)
+        default("encoder.fc1", args.hidden, 5)
+        default("encoder.fc2", args.hidden, args.hidden)
+        default("encoder.fc3", args.context, args.hidden)
     elif args.algorithm == "modgrad":
-        for k in adapted_keys(args, params):
-            layer, part = k.split(".")
-            for factor, n in zip(("rows", "cols"), params[k].shape) if part == "weight" else (("bias", len(params[k])),):
-                default(f"generator.{layer}.{factor}.1", n, args.context)      # phi: Linear, ReLU, Linear
-                default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
-                if args.start_at_one:
-                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
+        for key in adapted_keys(args, params):
+            layer, part = key.split(".")
+            if part == "weight":  # an outer product of two columns
+                rows, cols = params[key].shape
+                init_cell(params, args, default, f"generator.{layer}.rows", rows)
+                init_cell(params, args, default, f"generator.{layer}.cols", cols)
+            else:  # one column
+                init_cell(params, args, default, f"generator.{layer}.bias", len(params[key]))
     return params
 
 
+def init_cell(params, args, default, name, n):
+    """Add a sister network phi that makes a column (n,): Linear, ReLU, Linear, of the released code's sizes."""
+    default(f"{name}.1", n, args.context)
+    default(f"{name}.2", args.rank + args.rank * n, n)
+    if args.start_at_one:
+        params[f"{name}.2.bias"][args.rank :] = 1.0
+
+
 # ----------------------------------------------------------------------------------------------- inner steps
-# Each takes (params, fast, loss, args, noisy): what is adapted so far, the support loss as a function of it, and `noisy`, which
-# clips a gradient. Each returns what is adapted then. The text is that of modgrad.py.
-
-def maml_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * gradient(theta)                                            (Finn et al., ICML 2017)"""
-    gradient = noisy(torch.func.grad(loss)(fast))
-    return {k: fast[k] - args.alpha * gradient[k] for k in fast}
+# Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
+# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient. Each returns what is
+# adapted then. The text is that of modgrad.py.
 
 
-def cavia_step(params, fast, loss, args, noisy):
+def maml_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * gradient(theta)                                     (Finn et al., ICML 2017)"""
+    gradient = clip(torch.func.grad(loss)(adapted))
+    return {k: adapted[k] - args.alpha * gradient[k] for k in adapted}
+
+
+def cavia_step(params, adapted, loss, args, clip):
     """v <- v - alpha * gradient(v): only a context moves, an input beside the place (Zintgraf et al., ICML 2019)"""
-    gradient = noisy(torch.func.grad(loss)(fast))
-    return {"context": fast["context"] - args.alpha * gradient["context"]}
+    gradient = clip(torch.func.grad(loss)(adapted))
+    return {"context": adapted["context"] - args.alpha * gradient["context"]}
 
 
-def modgrad_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * M(v) * gradient(theta)                                     (Eq. 5; Algorithm 1, 9-13)"""
-    gradient = noisy(torch.func.grad(loss)(fast))                                       # 10
+def modgrad_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * M(v) * gradient(theta)                              (Eq. 5; Algorithm 1, 9-13)"""
+    gradient = clip(torch.func.grad(loss)(adapted))  # 10
 
     def step(v):
-        M = modulation(params, v, fast)
-        return {k: fast[k] - args.alpha * M[k] * gradient[k] for k in fast}
-    v = next(iter(fast.values())).new_zeros(args.context)                               # 9
-    v = -torch.func.grad(lambda v: loss(step(v)))(v)                                    # 11: Eq. 9
-    return step(v.detach() if args.first_order else v)                                  # 12, 13
+        M = modulation(params, v, adapted)
+        return {k: adapted[k] - args.alpha * M[k] * gradient[k] for k in adapted}
+
+    def loss_after_step(v):
+        return loss(step(v))
+
+    v = next(iter(adapted.values())).new_zeros(args.context)  # 9: v = 0
+    v = -torch.func.grad(loss_after_step)(v)  # 11: Eq. 9
+    if args.first_order:
+        v = v.detach()
+    return step(v)  # 12, 13
 
 
 STEPS = {"modgrad": modgrad_step, "maml": maml_step, "cavia": cavia_step}
 
 
 def cell(params, name, v):
-    """A sister network phi and its mixture: context v -> h a, a column (n,)                (Eq. 6, 7)."""
-    out = linear(params, f"{name}.2", F.relu(linear(params, f"{name}.1", v)))
+    """A sister network phi and its mixture: context v -> h a, a column (n,)         (Eq. 6, 7)."""
+    hidden = F.relu(linear(params, f"{name}.1", v))
+    out = linear(params, f"{name}.2", hidden)  # (u + u*n,)
     n = params[f"{name}.1.weight"].shape[0]
     u = len(out) // (n + 1)
-    return out[u:].view(n, u) @ out[:u].softmax(0)
+    a = out[:u].softmax(0)
+    h = out[u:].view(n, u)
+    return h @ a
 
 
 def modulation(params, v, like):
-    """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
+    """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Kernels' are >= 0. Factors of biases may have any sign: Eq. 8 speaks of the outer product alone. (The released code
-    cuts these off at 0 too.)
+    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    (The released code applies ReLU to them too.)
     """
     M = {}
-    for k, w in like.items():
-        layer, part = k.rsplit(".", 1)
+    for key, w in like.items():
+        layer, part = key.rsplit(".", 1)
         if part == "weight":
-            rows, cols = (cell(params, f"generator.{layer}.{factor}", v) for factor in ("rows", "cols"))
-            M[k] = F.relu(torch.outer(rows, cols)).view(w.shape)
+            rows = cell(params, f"generator.{layer}.rows", v)
+            cols = cell(params, f"generator.{layer}.cols", v)
+            M[key] = F.relu(torch.outer(rows, cols)).view(w.shape)
         else:
-            M[k] = cell(params, f"generator.{layer}.{part}", v)
+            M[key] = cell(params, f"generator.{layer}.{part}", v)
     return M
 
 
 # ------------------------------------------------------------------------------------------------- algorithm
 
-def task_loss(params, task, args):
-    """ONE task: adapt to the context pixels, be judged on all pixels of the image.
 
-    Returns the mean squared error, whose gradient trains everything, and the colours (S*S, 3). Numbers: lines of
-    Algorithm 1.
+def task_loss(params, task, args):
+    """ONE task: adapt to the context pixels, evaluate on all pixels of the image.
+
+    Returns the mean squared error (), the only training signal of all parameters, and the colours (S*S, 3). Numbers
+    are lines of Algorithm 1.
     """
     if args.algorithm == "cnp":
-        colours = forward(params, task.query_x, encode(params, task.support_x, task.support_y))
+        context = encode(params, task.support_x, task.support_y)  # (C,)
+        colours = forward(params, task.query_x, context)  # (S*S, 3)
         return F.mse_loss(colours, task.query_y), colours
     if args.algorithm == "cavia":
-        fast = {"context": params["fc1.weight"].new_zeros(args.context)}
+        adapted = {"context": params["fc1.weight"].new_zeros(args.context)}
     else:
-        fast = {k: params[k] for k in adapted_keys(args, params)}                       # 6: theta^0
+        adapted = {k: params[k] for k in adapted_keys(args, params)}  # 6: theta^0
 
-    def support_loss(fast):
-        return F.mse_loss(forward(params | fast, task.support_x, fast.get("context")), task.support_y)
+    def support_loss(adapted):
+        colours = forward(params | adapted, task.support_x, adapted.get("context"))  # (k, 3)
+        return F.mse_loss(colours, task.support_y)
 
-    def noisy(gradient):
-        gradient = {k: g.clamp(-args.inner_clip, args.inner_clip) for k, g in gradient.items()}
-        return {k: g.detach() for k, g in gradient.items()} if args.first_order else gradient
-    for _ in range(args.steps):                                                         # 8
-        fast = STEPS[args.algorithm](params, fast, support_loss, args, noisy)           # 9-13
-    colours = forward(params | fast, task.query_x, fast.get("context"))
-    return F.mse_loss(colours, task.query_y), colours                                   # 16, 17
+    def clip(gradient):
+        most = args.inner_clip
+        gradient = {k: g.clamp(-most, most) for k, g in gradient.items()}
+        if args.first_order:
+            gradient = {k: g.detach() for k, g in gradient.items()}
+        return gradient
 
-
-@torch.no_grad()
-def draw_picture(args):
-    """Figure 7: a row for each of the first test images: its context, what each run makes of it, and the truth -> PNG."""
-    columns, cell, count, options = [], 96, 8, None
-    for folder in args.runs:
-        try:
-            checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-            run = argparse.Namespace(**checkpoint["identity"], data_root=args.data_root, cache_dir=args.cache_dir, device="cpu", test_tasks=count)
-            setting = run.modes, run.pixels, run.order, run.image_size, run.synthetic
-        except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-            fail(f"--runs {folder}: has no checkpoint of a completion run ({type(error).__name__}): name another folder")
-        if options and setting != options:
-            fail("--runs: they differ in data set, pixels, order, image size or --synthetic; name runs of one setting")
-        options, episodes = setting, Completions.of(run, "test")
-        batch = episodes.tasks(0, count)
-        made = torch.stack([task_loss(checkpoint["params"], Task(*(x[i] for x in batch)), run)[1] for i in range(count)])
-        columns.append((f"{run.method}\n{run.steps} step{'s' * (run.steps != 1)}" if run.steps else f"{run.method}\n", made.clamp(0, 1)))
-    S, (_, context) = episodes.size, episodes.indices(0, count)
-    seen = torch.ones(count, S * S, 3) * torch.tensor([0.2, 0.3, 0.6])                  # blue: not given
-    for i, places in enumerate(torch.from_numpy(context)):
-        seen[i, places] = batch.query_y[i, places]
-    columns = [(f"context:\n{run.pixels} {run.order}", seen), *columns, ("truth\n", batch.query_y)]
-    picture = Image.new("RGB", (len(columns) * (cell + 4), count * (cell + 4) + 46), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.text((2, 2), f"{'SYNTHETIC ' * run.synthetic}{'+'.join(run.modes)}, first test images", "black")
-    for c, (head, images) in enumerate(columns):
-        pen.text((c * (cell + 4) + 2, 17), head, "black")
-        for i, image in enumerate((images.view(count, S, S, 3) * 255).round().byte().numpy()):
-            tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
-            picture.paste(tile, (c * (cell + 4) + 2, i * (cell + 4) + 46))
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    atomic_write(args.picture, content.getvalue())
-    print(f"written: {args.picture}")
+    for _ in range(args.steps):  # 8
+        adapted = STEPS[args.algorithm](params, adapted, support_loss, args, clip)  # 9-13
+    colours = forward(params | adapted, task.query_x, adapted.get("context"))  # (S*S, 3)
+    return F.mse_loss(colours, task.query_y), colours  # 16, 17
 
 
-# ============================================================================================================
-# From here on the text is that of the other scripts, with an error in place of their accuracies.
+# ---------------------------------------------------------------------------------------- training, evaluation
+
 
 def run_tasks(params, batch, args, train=False):
-    """task_loss of T tasks, all together: their matrices are small -> losses (T,), which are the errors.
+    """Run task_loss on T tasks -> losses (T,), which are the errors; all together, because their matrices are small.
 
-    In training it adds the mean loss's gradient to .grad."""
+    In training it adds the gradient of the mean loss to .grad.
+    """
+    device = args.device.split(":")[0]
+
     def one(task):
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
-            return task_loss(params, task, args)[0]
+        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss, _ = task_loss(params, task, args)
+        return loss
+
     losses = torch.func.vmap(one)(batch)
     if train:
         losses.mean().backward()
@@ -370,148 +401,195 @@ def run_tasks(params, batch, args, train=False):
 
 def evaluate(params, episodes, count, args):
     """Errors of the first `count` tasks -> array (count,)."""
-    rows = []
-    with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} images", disable=None, leave=False) as bar:
-        for first in range(0, count, 20):
-            batch = episodes.tasks(first, min(20, count - first))
-            rows.append(run_tasks(params, batch, args))
-            bar.update(len(batch.mode))
-    return torch.cat(rows).double().cpu().numpy().round(7)
+    errors = []
+    starts = range(0, count, 20)
+    for first in tqdm(starts, desc=f"{episodes.split} images, 20 at a time", disable=None, leave=False):
+        batch = episodes.tasks(first, min(20, count - first))
+        with torch.no_grad():
+            errors.append(run_tasks(params, batch, args))
+    return torch.cat(errors).double().cpu().numpy().round(7)
 
 
 def summary(per_task):
     """Errors of tasks -> {"mean", "ci95"}: half the width of a 95 % interval, 1.96 s / sqrt(n)."""
-    return {"mean": round(float(per_task.mean()), 6), "ci95": round(1.96 * float(per_task.std(ddof=1)) / math.sqrt(len(per_task)), 6)}
+    half_width = 1.96 * float(per_task.std(ddof=1)) / math.sqrt(len(per_task))
+    return {"mean": round(float(per_task.mean()), 6), "ci95": round(half_width, 6)}
 
 
-def identity(args):
-    """What makes two runs the same run: the method, and the arguments that change what is learned."""
-    other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
-             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "picture", "runs", "title", "variant")
-    return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
+def gradient_norm(params, part):
+    """Euclidean norm of the gradient of one part of the parameters."""
+    norms = [w.grad.norm() for w in group(params, part).values()]
+    return math.hypot(*norms)
 
 
-def load(path, args):
-    """The checkpoint at `path`. That of another run is an error, which names the difference."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        here, there = identity(args), checkpoint["identity"]
-    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        fail(f"{path} is no checkpoint ({type(error).__name__}): choose another --out, or --overwrite")
-    for key in here | there:
-        if here.get(key) != there.get(key):
-            fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
-    return checkpoint
+def size(params, part):
+    """Number of parameters in one part of them."""
+    return sum(w.numel() for w in group(params, part).values())
 
 
-def train(params, args, checkpoint, stop):
-    """Run the iterations that are missing, from the checkpoint on -> iterations done, seconds of training."""
-    done, before, window = 0, 0.0, []
+def train(params, args, run):
+    """Minimise the mean error of --meta-batch images, --iterations times, from where the run left off."""
+    T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
-    if checkpoint:
-        done, before, window = (checkpoint[k] for k in ("iteration", "seconds", "window"))
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if done >= args.iterations or args.eval_only:
-        return done, before
-    episodes, validation = Completions.of(args, "train"), args.val_every and Completions.of(args, "val")
-    out, T, start, begun = Path(args.out), args.meta_batch, done, time.perf_counter()
-    deadline, ending = begun + (math.inf if args.stop_after is None else args.stop_after), False
-    log = out / "log.jsonl"     # lines from after the checkpoint, if the run was killed, will come again
-    lines = log.read_text().splitlines() if checkpoint and log.exists() else []
-    lines = [line for line in lines if json.loads(line)["iteration"] <= done]
-    for number in (signal.SIGINT, signal.SIGTERM):      # the first ends the run cleanly, a second one at once
-        signal.signal(number, lambda n, _: (stop.append(f"signal {n}"), signal.signal(n, signal.SIG_DFL)))
-    with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
-        while not ending:
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses = run_tasks(params, episodes.tasks(done * T, T), args, train=True)
-            optimizer.step()
-            window.append(losses.mean())                        # stays on the device until logged
-            done += 1
-            bar.update()
-            if done - start == 20:
-                window[-1].cpu()                            # wait for the device
-                left = (time.perf_counter() - begun) / 20 * (args.iterations - done) / 60
-                bar.write(f"about {left:.0f} min to the end" + "; try --quick?" * (left > 120), sys.stderr)
-            if time.perf_counter() > deadline:
-                stop.append("--stop-after")
-            ending = bool(stop) or done == args.iterations
-            if done % args.log_every == 0 or done == args.iterations:
-                loss = torch.stack([x.cpu() for x in window]).mean().item()
-                seconds = time.perf_counter() - begun       # the copy has waited for the device
-                norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
-                if not math.isfinite(loss + sum(norms.values())):
-                    fail(f"not finite near iteration {done}: lower --lr, in another --out")
-                line = {"iteration": done, "loss": loss, "gradient_norm": norms, "seconds": before + seconds,
-                        "synthetic": args.synthetic}
-                if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
-                    line["validation"] = summary(evaluate(params, validation, args.val_tasks, args))
-                    begun = time.perf_counter() - seconds       # seconds count training alone
-                lines.append(json.dumps(line))
-                atomic_write(log, "\n".join(lines) + "\n")
-                window = []
-                bar.set_postfix(error=f"{loss:.4f}")
-                if bar.disable:                                 # not a terminal: lines instead of a bar
-                    print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
-            if args.keep_every and done % args.keep_every == 0:
-                atomic_write(out / f"params-{done}.pt", {k: w.detach().cpu() for k, w in params.items()})
-            if done % args.save_every == 0 or ending:
-                weights = {k: w.detach().cpu() for k, w in params.items()}
-                atomic_write(out / "checkpoint.pt", {
-                    "identity": identity(args), "iteration": done, "optimizer": optimizer.state_dict(),
-                    "seconds": before + time.perf_counter() - begun, "window": window, "params": weights})
-    return done, before + time.perf_counter() - begun
+    run.restore(optimizer)
+    episodes = Completions.of(args, "train")
+    held_out = Completions.of(args, "val") if args.val_every else None
+
+    def validate():
+        return summary(evaluate(params, held_out, args.val_tasks, args))
+
+    for iteration in run.iterations():
+        if args.lr_halve_every:
+            optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (iteration // args.lr_halve_every)
+        batch = episodes.tasks(first=iteration * T, count=T)
+
+        optimizer.zero_grad()
+        losses = run_tasks(params, batch, args, train=True)
+        optimizer.step()
+
+        run.observe(losses.mean())
+        if run.log_now():
+            loss = run.observed().mean().item()
+            norms = {part: gradient_norm(params, part) for part in PARTS}
+            values = {"loss": loss, "gradient_norm": norms, "synthetic": args.synthetic}
+            run.log(values, {"error": f"{loss:.4f}"}, validate)
+        run.save(params, optimizer)
+
+
+def measure(params, test, args, run):
+    """Evaluate on the test images and write result.json -> its content."""
+    errors = evaluate(params, test, args.test_tasks, args)
+    return run.write_result(
+        {
+            "modes": args.modes,
+            "pixels": args.pixels,
+            "order": args.order,
+            "synthetic": args.synthetic,
+            "protocol": PROTOCOL,
+            "tasks_sha256": test.sha256(args.test_tasks),
+            "data": test.folders,
+            "error": summary(errors),
+            "parameters": {part: size(params, part) for part in PARTS},
+            "per_task": errors.tolist(),
+        }
+    )
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = args.modes == ["celeba"] and args.image_size == 32 and not args.synthetic and not args.variant
-    paper = PAPER[result["method"]].get((args.pixels, args.order), "") if known else ""
-    print(f"\n{args.title}: {args.pixels} {args.order} context pixels of {args.image_size} x {args.image_size}, {result['test_tasks']} "
-          f"test images, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n{result['protocol']}\n"
-          f"{'error':16}{'{mean:.4f} +- {ci95:.4f}'.format(**result['error']):20}" + f"{TABLE}: {paper}" * bool(paper))
+    """Print what was measured, under which protocol, with its interval."""
+    setting = f"{args.pixels} {args.order} context pixels of {args.image_size} x {args.image_size}"
+    training = f"{result['iterations']} iterations of {result['seconds_per_iteration']} s"
+    print(f"\n{args.title}: {setting}, {args.test_tasks} test images, after {training}")
+    print(result["protocol"])
+    print(f"{'error':16}" + "{mean:.4f} +- {ci95:.4f}".format(**result["error"]))
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def column(i):
+    """A column of DEFAULTS for a help text."""
+    cells = []
+    for algorithm, row in DEFAULTS.items():
+        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        cells.append(f"{algorithm} {value}")
+    return ", ".join(cells)
+
+
+STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5): {column(0)}"
+ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
+ADAPT_HELP = f"layers that the steps change, as fc5 head; or all: {column(2)}"
+ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
+CLIP_HELP = "bound of the inner gradient's entries (C: none, but 10 for those of each task's outer gradient)"
+
+
+def get_args(argv=None):
+    """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, ours unless it says so.")
+    add_algorithm_flags(p)
+    p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
+    p.add_argument("--test-tasks", type=int, default=1000, help="held-out images")
+    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
+    p.add_argument("--val-tasks", type=int, default=200, help="images")
+    add_data_flags(p, synthetic="procedural faces: no download")
+    add_device_flags(p, threads=False, precision="bf16: the network's layers only")
+    add_run_flags(p, QUICK)
+    args, defaults = parse(p, argv, QUICK, presets)
+    args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
+    args.method = METHODS[args.algorithm]
+    check_typed(args)
+    steps, alpha, adapt = DEFAULTS[args.algorithm]
+    fill(args, defaults, {"steps": steps, "alpha": alpha, "adapt": adapt})
+    check(args)
+    reset_unused(args, defaults, UNUSED[args.algorithm])
+    if args.adapt != defaults["adapt"]:
+        args.method += f" on {'+'.join(args.adapt)}"
+    data = f"SYNTHETIC {args.modes[0]}" if args.synthetic else args.modes[0]
+    shown = ("adapt", "pixels", "order", "image_size", "seed", "synthetic")
+    complete(args, defaults, data, shown, named=("modes", "algorithm"), least={"image_size": 4, "steps": 0})
+    return args
+
+
+def presets(typed):
+    """The synthetic faces are 800 test images."""
+    return {"test_tasks": 800} if typed.synthetic else {}
+
+
+def add_algorithm_flags(p):
+    """Add the flags that decide what is learned."""
+    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="the inner step")
+    p.add_argument(
+        "--modes", nargs=1, default=["celeba"], metavar="MODE", help="a data set: celeba (P), or any other"
+    )
+    p.add_argument("--pixels", type=int, default=10, help="k, context pixels (P: 10 and 100)")
+    p.add_argument(
+        "--order", default="random", choices=("random", "ordered"), help="ordered: the first k, row by row"
+    )
+    p.add_argument("--image-size", type=int, default=32, help="S, pixels (C: 32)")
+    p.add_argument("--hidden", type=int, default=128, help="units of each of the five layers (P: 128)")
+    p.add_argument("--steps", type=int, help=STEPS_HELP)
+    p.add_argument("--alpha", type=float, help=ALPHA_HELP)
+    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=ADAPT_HELP)
+    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
+    p.add_argument(
+        "--context", type=int, default=128, help="length of v, of CAVIA's and CNP's vector (P, C: 128)"
+    )
+    p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
+    p.add_argument("--inner-clip", type=float, default=10.0, help=CLIP_HELP)
+    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
+    p.add_argument("--meta-batch", type=int, default=25, help="T, images per iteration (C: 25)")
+    p.add_argument("--iterations", type=int, default=50000, help="updates (C: 50,000)")
+    p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
+    p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never")
+
+
+def check_typed(args):
+    """Exit if a flag was typed that the algorithm has no use for."""
+    if args.algorithm == "cnp" and (args.steps is not None or args.alpha is not None):
+        fail("--algorithm cnp makes no inner steps: leave --steps and --alpha out")
+
+
+def check(args):
+    """Exit if flags contradict each other."""
+    if args.algorithm in ("cavia", "cnp") and args.adapt:
+        fail(f"--algorithm {args.algorithm} adapts no layer: leave --adapt out")
+    if args.algorithm != "cnp" and args.steps < 1:
+        fail(f"--steps {args.steps}: give a number from 1 on")
+    for layer in args.adapt:
+        if layer not in ("all", *LAYERS, "head"):
+            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
 
 
 def main():
     args = get_args()
-    if args.picture:
-        draw_picture(args)
-        return
-    out, stop, test = Path(args.out), [], Completions.of(args, "test")
-    for file in out.glob("*") if args.overwrite else ():
-        if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
-            file.unlink()
-    checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
-    if args.eval_only and not checkpoint:
-        fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
-    params = checkpoint["params"] if checkpoint else init_params(args)
-    params = {k: w.to(args.device).requires_grad_() for k, w in params.items()}
-    done, seconds = train(params, args, checkpoint, stop)
-    if stop and done < args.iterations:
-        print(f"stopped by {stop[0]} at iteration {done} of {args.iterations}; the same command continues")
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):      # training is saved; evaluation may be cut anywhere
-        signal.signal(number, signal.SIG_DFL)
-    file, tasks = out / "result.json", test.sha256(args.test_tasks)
-    result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
-    if [result.get(k) for k in ("iterations", "tasks_sha256", "data")] != [done, tasks, test.folders]:
-        errors = evaluate(params, test, args.test_tasks, args)
-        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
-        result = {
-            "method": args.method, "modes": args.modes, "pixels": args.pixels, "order": args.order,
-            "synthetic": args.synthetic, "protocol": PROTOCOL, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "data": test.folders, "error": summary(errors), "iterations": done,
-            "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
-            "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
-            "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
-                         "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
-            "per_task": errors.tolist()}
-        atomic_write(file, json.dumps(result))
-    report(result, args)
+    test = Completions.of(args, "test")
+    run = Run(args)
+    params = run.params(init_params(args))
+    if run.unfinished:
+        train(params, args, run)
+    if run.finished():
+        same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
+        report(run.result(**same) or measure(params, test, args, run), args)
 
 
 if __name__ == "__main__":
