@@ -110,70 +110,77 @@ class Completions:
         cache_dir=".cache",
         synthetic=False,
     ):
-        self.mode, self.split, self.pixels, self.ordered = canonical_mode(mode, root), split, pixels, ordered
-        self.seed, self.size, self.device, self.synthetic = seed, image_size, torch.device(device), synthetic
+        self.mode = canonical_mode(mode, root)
+        self.split = split
+        self.pixels = pixels
+        self.ordered = ordered
+        self.seed = seed
+        self.size = image_size
+        self.device = torch.device(device)
+        self.synthetic = synthetic
         if not 1 <= pixels <= image_size**2:
             fail(f"--pixels {pixels}: an image has {image_size**2}; give a number from 1 to that")
         folder = prepare(mode, image_size, root, cache_dir, synthetic)
         self.folders = [folder.name]  # names what the images were made from
-        images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c")).to(
-            self.device
-        )  # (n, S, S, C) uint8
-        self.images = images.flatten(1, 2)  # (n, S*S, C)
+        images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # (n, S, S, C) uint8
+        self.images = images.to(self.device).flatten(1, 2)  # (n, S*S, C)
         n = len(images)
-        self.order = distinct(uniform(f"order of {self.mode} {split}", 0, n)[None], np.array([n]))[0]
-        self.places = torch.cartesian_prod(
-            *[torch.arange(image_size, device=self.device) / image_size] * 2
-        )  # (S*S, 2)
+        u = uniform(f"order of {self.mode} {split}", 0, n)
+        self.order = distinct(u[None], np.array([n]))[0]
+        shares = torch.arange(image_size, device=self.device) / image_size
+        self.places = torch.cartesian_prod(shares, shares)  # (S*S, 2)
 
     @classmethod
     def of(cls, args, split):
         """Tasks as the flags of a script describe them; only training depends on the seed."""
         (mode,) = args.modes
-        made = cls(
-            mode,
-            split,
-            args.pixels,
-            args.order == "ordered",
-            args.image_size,
-            args.seed if split == "train" else None,
-            args.device,
-            args.data_root,
-            args.cache_dir,
-            args.synthetic,
-        )
-        if split != "train" and getattr(args, f"{split}_tasks") > len(made.images):
-            fail(
-                f"--{split}-tasks {getattr(args, f'{split}_tasks')}: {made.mode}/{split} has {len(made.images)} images; give at most that"
-            )
+        seed = args.seed if split == "train" else None
+        ordered = args.order == "ordered"
+        where = args.device, args.data_root, args.cache_dir, args.synthetic
+        made = cls(mode, split, args.pixels, ordered, args.image_size, seed, *where)
+        if split != "train":
+            count = getattr(args, f"{split}_tasks")
+            if count > len(made.images):
+                has = f"{made.mode}/{split} has {len(made.images)} images"
+                fail(f"--{split}-tasks {count}: {has}; give at most that")
         return made
 
     def indices(self, first, count):
         """Images (count,) and context pixels (count, k) of tasks first .. first + count - 1. See `Episodes.draw`."""
-        blocks, found = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1), []
+        first_block = first // self.BLOCK
+        last_block = (first + count - 1) // self.BLOCK
+        images, contexts = [], []
+        for block in range(first_block, last_block + 1):
+            of_block, context = self.draw(block)
+            images.append(of_block)
+            contexts.append(context)
+        start = first - first_block * self.BLOCK
+        places = slice(start, start + count)
+        return np.concatenate(images)[places], np.concatenate(contexts)[places]
+
+    def draw(self, block):
+        """Tasks block * 256 .. + 255, drawn at once -> images (256,), context pixels (256, k)."""
         name = f"completion {self.mode} {self.split} {self.size} {self.pixels} {self.seed}"
-        for block in blocks:
-            u = uniform(name, block, self.BLOCK * (1 + self.pixels))
-            images = (u[: self.BLOCK] * len(self.images)).astype(np.int64)
-            if self.seed is None:
-                images = np.resize(self.order, (block + 1) * self.BLOCK)[block * self.BLOCK :]
-            context = np.tile(np.arange(self.pixels), (self.BLOCK, 1))
-            if not self.ordered:
-                context = distinct(u[self.BLOCK :].reshape(self.BLOCK, -1), np.full(self.BLOCK, self.size**2))
-            found.append((images, context))
-        start = first - blocks[0] * self.BLOCK
-        return tuple(np.concatenate(parts)[start : start + count] for parts in zip(*found))
+        u = uniform(name, block, self.BLOCK * (1 + self.pixels))
+        images = (u[: self.BLOCK] * len(self.images)).astype(np.int64)
+        if self.seed is None:
+            images = np.resize(self.order, (block + 1) * self.BLOCK)[block * self.BLOCK :]
+        if self.ordered:
+            return images, np.tile(np.arange(self.pixels), (self.BLOCK, 1))
+        u_context = u[self.BLOCK :].reshape(self.BLOCK, -1)
+        return images, distinct(u_context, np.full(self.BLOCK, self.size**2))
 
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
         images, context = (torch.from_numpy(x).to(self.device) for x in self.indices(first, count))
         colours = self.images[images].expand(-1, -1, 3).float() / 255  # (count, S*S, 3)
+        shown = context[..., None].expand(-1, -1, 3)
         return Task(
-            self.places[context],
-            colours.gather(1, context[..., None].expand(-1, -1, 3)),
-            self.places.expand(count, -1, -1),
-            colours,
-            torch.zeros(count, dtype=torch.int64),
+            support_x=self.places[context],
+            support_y=colours.gather(1, shown),
+            query_x=self.places.expand(count, -1, -1),
+            query_y=colours,
+            mode=torch.zeros(count, dtype=torch.int64),
         )
 
     def sha256(self, count):
@@ -526,7 +533,8 @@ def get_args(argv=None):
         args.method += f" on {'+'.join(args.adapt)}"
     data = f"SYNTHETIC {args.modes[0]}" if args.synthetic else args.modes[0]
     shown = ("adapt", "pixels", "order", "image_size", "seed", "synthetic")
-    complete(args, defaults, data, shown, named=("modes", "algorithm"), least={"image_size": 4, "steps": 0})
+    least = {"image_size": 4, "steps": 0}
+    complete(args, defaults, data, shown, ("modes", "algorithm"), least)
     return args
 
 

@@ -1,12 +1,13 @@
-"""The ModGrad cell on multi-shot learning: many drawings a class, up to 100 steps. With MAML, first-order MAML, Reptile.
+"""The ModGrad cell on multi-shot learning: many drawings per class, up to 100 steps. And baselines: MAML, FOMAML, Reptile.
 
 Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learning, ECCV 2020, Section 5.1, Figure 5.
 The protocol is that of LEAP (Flennerhag et al., ICLR 2019) and, where it says nothing, of LEAP's released code.
 
-The idea. Given hundreds of images a task can simply be trained for, batch after batch, and the question is how *fast* a
-start and a way to step let it learn. A task is an alphabet never seen before, 20 of its characters the classes; it is
-trained for 100 steps of 20 images; its training loss against the step and the accuracy on held-out drawings at the end
-are what Figure 5 shows. So long a training is expensive to differentiate through, which is what the rivals differ in:
+The idea. With hundreds of images a task can simply be trained for, batch after batch. The question is then how
+*fast* a start and a way to step let it learn. A task is an alphabet never seen before, with 20 of its characters as
+classes; it is trained for 100 steps of 20 images. Figure 5 shows its training loss against the step, and the accuracy
+on held-out drawings at the end. So long a training is expensive to differentiate through, and in this the algorithms
+differ:
     modgrad    the gradient is modulated entry by entry (see modgrad.py); differentiated through the steps
     maml       plain steps; differentiated through
     fomaml     plain steps, whose gradients count as constants: the last point's gradient is handed to the start
@@ -21,38 +22,35 @@ are what Figure 5 shows. So long a training is expensive to differentiate throug
     M              modulation                  like the adapted parameters       Eq. 8
     alpha, K       --alpha, --steps            0.1, see below                    Eq. 5
 
-What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings a character, of which LEAP holds
-out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out (--shots 15 15 is
-LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for validation (LEAP).
-What the paper does not give and is chosen here: ModGrad trains through --steps 5 (as LEAP's code does for its MAML), on the
-layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested* for 100 steps. With
-these cells M starts at 0.0001 in the mean, half its entries 0: until the generator has learned, ModGrad's steps do nothing.
-Of LEAP's code this keeps the network, its initialisation, and the random turns of all images, held-out ones too. It departs in that
-- the outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the last
-  training batch), and the accuracy is one on held-out drawings (in the code `if self.train` asks whether a method exists, which is
-  always so: its test stays on the others, by running BatchNorm statistics);
-- each visit to an alphabet draws its characters, their numbering, and what is held out anew (the code: once for a run), and a step's
-  images with replacement (the code: each image nearly as often);
-- strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).
+What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings per character, of which LEAP
+holds out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out (--shots 15
+15 is LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for
+validation (LEAP).
+What the paper does not give and is chosen here: ModGrad trains through --steps 5 (as LEAP's code does for its MAML),
+on the layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested*
+for 100 steps. With these cells M starts at 0.0001 in the mean, with half of its entries 0: until the generator has
+learned, ModGrad's steps do nothing.
+Of LEAP's code this keeps the network, its initialisation, and the random turns of all images, held-out ones too. It
+departs from it in three things:
+- The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
+  last training batch), and the accuracy is that on held-out drawings. (In the code `if self.train` asks whether a
+  method exists, which is always true: its test stays on the others, by running BatchNorm statistics.)
+- Each visit to an alphabet draws anew its characters, their numbering, and what is held out (in the code: once per
+  run), and draws a step's images with replacement (in the code: each image nearly as often).
+- Strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).
 LEAP itself is left out: its 83.3 % in the tables is the paper's.
 
 Read it beside modgrad.py: the same steps, more of them, and two algorithms that do not differentiate through them.
 Run:  python modgrad_multishot.py --synthetic --quick     a minute or two on two CPU cores, no download; prints accuracies
       python modgrad_multishot.py --algorithm reptile
-A task of five steps takes a CPU core 0.3 (reptile) to 0.6 s (maml): the protocol two to four hours for modgrad and maml,
-which train through 5 steps, over a day for fomaml and reptile, of 100; at `--channels 16 --steps 5 --meta-batch 5` all
-take 5 to 12 minutes, and a few more for the test. It was never run on a GPU.
+A task of five steps takes a CPU core 0.3 (reptile) to 0.6 s (maml). So the protocol takes two to four hours for modgrad
+and maml, which train through 5 steps, and over a day for fomaml and reptile, which take 100; at `--channels 16 --steps 5
+--meta-batch 5` each takes 5 to 12 minutes, and a few more for the test. It was never run on a GPU.
 """
-import argparse
+
+import hashlib
 import json
 import math
-import os
-import platform
-import signal
-import sys
-import time
-from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,165 +58,313 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (
-    Alphabets,
+    SPLITS,
+    Run,
     Task,
-    atomic_write,
+    add_data_flags,
+    add_device_flags,
+    add_run_flags,
     canonical_mode,
-    cores,
+    complete,
+    distinct,
     fail,
+    fill,
     in_threads,
+    new_parser,
+    parse,
+    prepare,
+    reset_unused,
     student,
+    uniform,
 )
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
-PARTS = ("base", "encoder", "generator")            # of the parameters; no algorithm here has an encoder
-PROTOCOLS = {"paper": "BatchNorm statistics of the held-out images together",
-             "inductive": "BatchNorm statistics of the adapted network on its last ten training batches, nearly LEAP's"}
-QUICK = {"channels": 16, "steps": 5, "meta_batch": 2, "iterations": 150, "test_steps": 50, "test_tasks": 20}
-TABLE, PAPER = "ModGrad's Figure 5", defaultdict(lambda: "", {"ModGrad": 85.1, "LEAP": 83.3, "Reptile": 76.4})    # accuracy, %
-MARKS = (1, 2, 5, 10, 20, 50, 100)                  # steps after which the accuracy is measured, besides the last
-# (steps, their size, adapted layers, outer optimiser, its rate): ModGrad's optimiser from its paper, all of the others from LEAP's code.
-DEFAULTS = {"modgrad": (5, 0.1, ["conv3", "conv4"], "adam", 1e-3), "maml": (5, 0.1, ["all"], "sgd", 0.5),
-            "fomaml": (100, 0.1, ["all"], "sgd", 0.5), "reptile": (100, 0.1, ["all"], "sgd", 0.1)}
-LEAST = {"ways": 2, "queries": 1, "batch": 2, "image_size": 16, "channels": 1, "meta_batch": 1, "log_every": 1, "save_every": 1,
-         "test_tasks": 2, "val_tasks": 2, "rank": 1, "context": 1, "steps": 1, "test_steps": 1, "workers": 1}     # of numbers; else 0
-SHOWN = ("adapt", "ways", "shots", "image_size", "seed", "synthetic")           # what a report says anyway
+PARTS = ("base", "encoder", "generator")  # of the parameters; no algorithm here has an encoder
+PROTOCOLS = {
+    "paper": "BatchNorm statistics of the held-out images together",
+    "inductive": "BatchNorm statistics of the adapted network on its last ten training batches, nearly LEAP's",
+}
+QUICK = {
+    "channels": 16,
+    "steps": 5,
+    "meta_batch": 2,
+    "iterations": 150,
+    "test_steps": 50,
+    "test_tasks": 20,
+}
+MARKS = (1, 2, 5, 10, 20, 50, 100)  # steps after which the accuracy is measured, besides the last
+# (steps, their size, adapted layers, outer optimiser, its rate). ModGrad's optimiser is its paper's; the others' values
+# are those of LEAP's code.
+DEFAULTS = {
+    "modgrad": (5, 0.1, ["conv3", "conv4"], "adam", 1e-3),
+    "maml": (5, 0.1, ["all"], "sgd", 0.5),
+    "fomaml": (100, 0.1, ["all"], "sgd", 0.5),
+    "reptile": (100, 0.1, ["all"], "sgd", 0.1),
+}
+UNUSED = {  # flags that an algorithm does not use
+    "modgrad": [],
+    "maml": ["rank", "context", "start_at_one"],
+    "fomaml": ["rank", "context", "first_order", "start_at_one"],
+    "reptile": ["rank", "context", "first_order", "start_at_one"],
+}
+OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
-def column(i):
-    """A column of DEFAULTS for a help text."""
-    return ", ".join(f"{algorithm} {' '.join(row[i]) if i == 2 else row[i]}" for algorithm, row in DEFAULTS.items())
+# ----------------------------------------------------------------------------------------------------- tasks
 
 
-def get_args(argv=None):
-    about = __doc__.split("\n")[0] + " P: the paper's value; L: that of LEAP and its code, ours unless it says so."
-    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    p.error = fail
-    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="inner step and outer loss")
-    p.add_argument("--modes", nargs=1, default=["omniglot"], metavar="MODE", help="a data set of alphabets: omniglot (P, L)")
-    p.add_argument("--ways", type=int, default=20, help="N, characters of an alphabet in a task (P, L: 20)")
-    p.add_argument("--shots", type=int, nargs=2, default=[1, 15], metavar=("LEAST", "MOST"),
-                   help="training drawings a class, any number from LEAST to MOST (P: 1 to 25, of 20 that there are; L: 15 15)")
-    p.add_argument("--queries", type=int, default=5, help="Q, held-out drawings a class (L: 5)")
-    p.add_argument("--batch", type=int, default=20, help="B, images a step (L: 20)")
-    p.add_argument("--image-size", type=int, default=28, help="S, pixels (L: 28)")
-    p.add_argument("--channels", type=int, default=64, help="of each layer (L: 64)")
-    p.add_argument("--steps", type=int, help=f"K, inner steps in training (L: 100, MAML 5): {column(0)}")
-    p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
-    p.add_argument("--alpha", type=float, help=f"their size (L: 0.1): {column(1)}")
-    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"layers that the steps change, as conv4 head; or all: {column(2)}")
-    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5 elsewhere)")
-    p.add_argument("--context", type=int, default=300, help="length of v (P: 300 elsewhere)")
-    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
-    p.add_argument("--inner-clip", type=float, default=20.0, help="of the inner gradient's entries (L: none)")
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (maml: this is fomaml)")
-    p.add_argument("--meta-batch", type=int, default=20, help="T, tasks an iteration (L: 20)")
-    p.add_argument("--iterations", type=int, default=1000, help="updates (L: 1,000)")
-    p.add_argument("--outer", choices=("adam", "sgd"), help=f"outer optimiser (P: adam; L: sgd): {column(3)}")
-    p.add_argument("--lr", type=float, help=f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)}")
-    p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
-    p.add_argument("--test-tasks", type=int, default=100, help="over all alphabets together (L: one of each of 10 alphabets)")
-    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--val-tasks", type=int, default=22, help="over all alphabets together")
-    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
-    p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
-    p.add_argument("--synthetic", action="store_true", help="procedural characters in invented alphabets: no download")
-    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
-    p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: the network's layers only")
-    p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
-    p.add_argument("--log-every", type=int, default=50, help="iterations")
-    p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
-    p.add_argument("--keep-every", type=int, default=0, help="iterations between kept parameters")
-    p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
-    start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
-    defaults = vars(p.parse_args([]))
-    if p.parse_known_args(argv)[0].quick:
-        p.set_defaults(**QUICK)
-    args = p.parse_args(argv)
-    args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
-    args.method = METHODS[args.algorithm]
-    for key, value in zip(("steps", "alpha", "adapt", "outer", "lr"), DEFAULTS[args.algorithm]):
-        defaults[key] = value
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    if args.algorithm == "reptile" and args.adapt != ["all"]:
-        fail("--algorithm reptile --adapt: what its steps do not change would never be trained: leave --adapt out")
-    if args.algorithm == "modgrad" and "all" in args.adapt:
-        fail("--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head")
-    for layer in args.adapt:
-        if layer not in ("all", *LAYERS, "head"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
-    if not 1 <= args.shots[0] <= args.shots[1]:
-        fail(f"--shots {args.shots[0]} {args.shots[1]}: give two numbers from 1 on, the smaller one first")
-    unused = {"modgrad": [], "maml": ["rank", "context", "start_at_one"]}
-    for key in unused.get(args.algorithm, ["rank", "context", "first_order", "start_at_one"]):
-        if getattr(args, key) != defaults[key]:
-            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
-        setattr(args, key, defaults[key])               # and does not make it another run
-    args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    changed = {k: '+'.join(map(str, v)) if isinstance(v, list) else v for k, v in identity(args).items()
-               if k not in ("modes", "algorithm") and v != defaults.get(k, v)}
-    if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in changed.items()]
-        args.out = os.path.join("runs", "-".join([args.method, *args.modes, *words]).lower())
-    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
-    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
-    mark = ["SYNTHETIC"] if args.synthetic else []
-    args.title = " ".join([args.method, *mark, *args.modes, *args.variant])
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
-    if args.device not in ("cpu", *gpus):
-        fail(f"--device {args.device}: not there; choose from {' '.join(['cpu', *gpus])}")
-    for key, value in vars(args).items():
-        if isinstance(value, (int, float)) and not LEAST.get(key, 0) <= value < 2 ** 63:
-            fail(f"--{key.replace('_', '-')} {value}: give a number from {LEAST.get(key, 0)} on")
-    return args
+class Alphabets:
+    """Draws multi-shot tasks: an alphabet is a task, N of its characters the classes, each with a number of training drawings
+    of its own, from shots[0] to shots[1]; Q other drawings of each are held out. Training goes by `steps` batches of B images,
+    picked at random, with replacement, from the task's training drawings. (After LEAP's protocol: Flennerhag et al., ICLR
+    2019; modgrad_multishot.py says where its code differs.)
+
+    Task fields here: support_x (steps, B, 1, S, S) and support_y (steps, B), a batch a step; query_x (N*Q, 1, S, S) and query_y
+    (N*Q,), the held-out drawings; mode: number of the alphabet within the split. Every image is turned by any angle, moved by
+    up to 20 % and scaled by 0.8 to 1.2, anew each time it is shown (the ranges of LEAP's code, which does so with those held
+    out, too).
+
+    Args:
+        mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
+            than N characters are left out; the others, sorted and shuffled with a fixed seed, are 25 for training, then 10 for
+            testing, and those left for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split into characters that
+            `Episodes` uses does not matter here. synthetic: alphabets are invented, N characters in a row of those drawn,
+            from every second one on: of the first 52 for training, of 24 others each for validation and testing.
+        shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
+
+    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer steps are a prefix of more.
+    """
+
+    def __init__(
+        self,
+        mode,
+        split,
+        ways,
+        shots,
+        queries,
+        steps,
+        batch,
+        image_size,
+        seed=None,
+        device="cpu",
+        root="data",
+        cache_dir=".cache",
+        synthetic=False,
+    ):
+        self.mode = canonical_mode(mode, root)
+        self.split = split
+        self.ways = ways
+        self.shots = tuple(shots)
+        self.queries = queries
+        self.steps = steps
+        self.batch = batch
+        self.seed = seed
+        self.size = image_size
+        self.device = torch.device(device)
+        self.synthetic = synthetic
+        folder = prepare(mode, image_size, root, cache_dir, synthetic)
+        self.folders = [folder.name]  # names what the images were made from
+        drawn = self.read(folder)
+        chosen = self.invented(drawn) if synthetic else self.real(drawn)
+        self.check(chosen)
+        self.names = list(chosen)
+        self.characters = [np.array([item[1:] for item in x]) for x in chosen.values()]
+
+    @classmethod
+    def of(cls, args, split):
+        """Tasks as the flags describe them. Only training depends on the seed; it has --steps, not --test-steps."""
+        (mode,) = args.modes
+        seed = args.seed if split == "train" else None
+        steps = args.steps if split == "train" else args.test_steps
+        where = args.device, args.data_root, args.cache_dir, args.synthetic
+        task = args.ways, args.shots, args.queries, steps, args.batch
+        return cls(mode, split, *task, args.image_size, seed, *where)
+
+    def read(self, folder):
+        """Load the images of all characters: alphabets are split here, not characters -> [(name, first row, drawings)]."""
+        sizes = json.loads((folder / "classes.json").read_text())
+        classes, images = [], []
+        for part in SPLITS:
+            if part in sizes:
+                classes += sizes[part]
+                images.append(torch.from_numpy(np.load(folder / f"{part}.npy", mmap_mode="c"))[..., :1])
+        self.images = torch.cat(images).squeeze(-1).to(self.device)  # (n, S, S) uint8
+        drawn, first = [], 0
+        for name, count in classes:
+            drawn.append((name, first, count))
+            first += count
+        return drawn
+
+    def invented(self, drawn):
+        """Alphabets of the synthetic characters: overlapping runs of --ways of them -> {name: characters}."""
+        pools = {"train": drawn[:52], "val": drawn[52:76], "test": drawn[76:]}
+        pool = pools[self.split]
+        starts = range(0, len(pool) - self.ways + 1, 2)
+        return {f"{self.split}-{first}": pool[first : first + self.ways] for first in starts}
+
+    def real(self, drawn):
+        """The alphabets of this split -> {name: characters}; names are folders of class folders."""
+        alphabets = {}
+        for item in drawn:
+            name = item[0].rpartition("/")[0]
+            alphabets.setdefault(name, []).append(item)
+        names = sorted(
+            name for name, characters in alphabets.items() if name and len(characters) >= self.ways
+        )
+        if len(names) < 37:
+            fail(
+                f"{self.mode} has {len(names)} alphabets (folders of class folders) of at least {self.ways} characters, "
+                "37 are needed: lower --ways, or put the published archives there"
+            )
+        np.random.RandomState(123).shuffle(names)
+        parts = {"train": names[:25], "val": names[35:], "test": names[25:35]}
+        return {name: alphabets[name] for name in parts[self.split]}
+
+    def check(self, chosen):
+        """Exit if there are too few alphabets, or too few drawings of a character."""
+        where = f"{self.mode}/{self.split}"
+        if len(chosen) < 2:
+            fail(f"{where} has {len(chosen)} alphabets of {self.ways} characters, 2 are needed: lower --ways")
+        most, queries = self.shots[1], self.queries
+        for characters in chosen.values():
+            for name, _, drawings in characters:
+                if drawings < most + queries:
+                    needed = f"{most} shots + {queries} queries need {most + queries}"
+                    fail(
+                        f"{self.mode}: character {name} has {drawings} drawings, {needed}: lower --shots or --queries"
+                    )
+
+    def alphabets(self, first, count):
+        """Numbers (count,) of the alphabets of tasks first .. first + count - 1."""
+        numbers = np.arange(first, first + count)
+        A = len(self.names)
+        if self.seed is None:
+            return numbers % A
+        name = f"order of alphabets {self.mode} {self.seed}"
+        orders = []
+        for turn in range(first // A, numbers[-1] // A + 1):
+            u = uniform(name, turn, A)
+            orders.append(distinct(u[None], np.array([A]))[0])
+        return np.concatenate(orders)[numbers - first // A * A]
+
+    def draw(self, number, alphabet):
+        """Draw task `number` -> rows of the held-out drawings (N, Q), rows (steps, B) and labels (steps, B) of the
+        batches, and uniform numbers (N*Q + steps*B, 4) for turning, scaling and moving them, the held-out ones first.
+        """
+        N, Q = self.ways, self.queries
+        fewest, most = self.shots
+        shown = self.steps * self.batch
+        name = f"alphabets {self.mode} {self.split} {N} {self.shots} {Q} {self.batch} {self.seed}"
+        u = uniform(name, number, N * (2 + Q + most + 4 * Q) + 5 * shown)
+        ends = np.cumsum([N, N, N * (Q + most), 4 * N * Q])
+        u_class, u_shots, u_drawing, u_query, u_batch = np.split(u, ends)
+        characters = self.characters[alphabet]
+        chosen = distinct(u_class[None], np.array([len(characters)]))[0]
+        starts, counts = characters[chosen].T
+        rows = starts[:, None] + distinct(u_drawing.reshape(N, Q + most), counts)  # (N, Q + most)
+        shots = fewest + (u_shots * (most - fewest + 1)).astype(np.int64)
+        labels = np.repeat(np.arange(N), shots)  # of the task's training drawings
+        places = np.arange(len(labels)) - np.repeat(np.cumsum(shots) - shots, shots)
+        u_batch = u_batch.reshape(shown, 5)
+        pick = (u_batch[:, 0] * len(labels)).astype(np.int64).reshape(self.steps, self.batch)
+        turns = np.concatenate([u_query.reshape(-1, 4), u_batch[:, 1:]])
+        return rows[:, :Q], rows[labels[pick], Q + places[pick]], labels[pick], turns
+
+    def indices(self, first, count):
+        """Of tasks first .. first + count - 1: alphabets (count,), and the arrays of `draw` for all of them."""
+        alphabets = self.alphabets(first, count)
+        drawn = [self.draw(first + i, alphabet) for i, alphabet in enumerate(alphabets)]
+        return [alphabets, *(np.stack(arrays) for arrays in zip(*drawn))]
+
+    def tasks(self, first, count):
+        """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
+        N, Q, S = self.ways, self.queries, self.size
+        shown = self.steps * self.batch
+        arrays = [torch.from_numpy(x).to(self.device) for x in self.indices(first, count)]
+        alphabets, held_out, rows, labels, u = arrays
+        rows = torch.cat([held_out.flatten(1), rows.flatten(1)], 1).flatten()  # (count * (N*Q + steps*B),)
+        grid = self.grid(u.flatten(0, 1).float())
+        images = self.images[rows][:, None] / 255
+        x = F.grid_sample(images, grid, align_corners=False)
+        query, support = x.view(count, -1, 1, S, S).split([N * Q, shown], 1)
+        classes = torch.arange(N, device=self.device)
+        return Task(
+            support_x=support.reshape(count, self.steps, self.batch, 1, S, S),
+            support_y=labels,
+            query_x=query,
+            query_y=classes.repeat_interleave(Q).expand(count, -1),
+            mode=alphabets,
+        )
+
+    def grid(self, u):
+        """Uniform numbers (n, 4) -> where each pixel comes from, (n, S, S, 2): turned, scaled and moved at random."""
+        angle, scale, right, down = u.unbind(1)
+        angle = 2 * np.pi * angle
+        scale = 0.8 + 0.4 * scale
+        right = 0.8 * right - 0.4  # the image's side is 2 long
+        down = 0.8 * down - 0.4
+        cos, sin = angle.cos() / scale, angle.sin() / scale
+        places = torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3)
+        return F.affine_grid(places, (len(u), 1, self.size, self.size), align_corners=False)
+
+    def sha256(self, count):
+        """A hash of the first `count` tasks: the mode, the alphabets, and the indices drawn (not the turns)."""
+        digest = hashlib.sha256(f"{self.mode} {self.names} {self.size}".encode())
+        for array in self.indices(0, count)[:4]:
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- network
 # Pure functions of a flat dict of tensors: Conv-4 on images of one channel. `norm` is BatchNorm by name.
 
+
 class Norm:
-    """BatchNorm for one forward pass: with the statistics of the batch x itself, in training and testing, which it keeps in
-    `used`; or, given `stats` from another pass, with those. Scale and shift stay outside the call: with them inside, torch
-    2.13's vmap gets second derivatives wrong."""
+    """BatchNorm for one forward pass, by name.
+
+    It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
+    or, given `stats` from another pass, with those. Scale and shift stay outside the call: with them inside, torch
+    2.13's vmap gets second derivatives wrong.
+    """
 
     def __init__(self, stats=None):
-        self.stats, self.used = stats, {}
+        self.stats = stats
+        self.used = {}  # name: (mean, 1/std)
 
     def __call__(self, params, name, x):
+        scale, shift = params[f"{name}.scale"], params[f"{name}.shift"]
         if self.stats is None:
-            x, *self.used[name] = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-5)
+            x, *moments = torch.native_batch_norm(x, None, None, None, None, True, 0.0, 1e-5)
+            self.used[name] = moments
         else:
             mean, invstd = self.stats[name]
             x = (x - mean[:, None, None]) * invstd[:, None, None]
-        return x * params[f"{name}.scale"][:, None, None] + params[f"{name}.shift"][:, None, None]
+        return x * scale[:, None, None] + shift[:, None, None]
 
 
 def conv(params, name, x, stride=1):
-    W = params[f"{name}.weight"]
-    x = F.conv2d(x, W, params.get(f"{name}.bias"), stride, W.shape[-1] // 2)
-    return x.to(W.dtype)                                # bf16, if chosen, ends here
+    """A convolution that keeps the size: x (n, C_in, S, S) -> (n, C_out, S, S)."""
+    W, b = params[f"{name}.weight"], params.get(f"{name}.bias")
+    x = F.conv2d(x, W, b, stride, W.shape[-1] // 2)
+    return x.to(W.dtype)  # bf16, if chosen, ends here
 
 
 def linear(params, name, x):
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
-    with torch.autocast(x.device.type, enabled=False):      # bf16 is for convolutions
+    with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
 
 
 def conv4_block(params, name, x, norm):
-    """Convolution, 2x2 max-pool, BatchNorm, ReLU, in the order of LEAP's code: x (n, C_in, S, S) -> (n, C, S/2, S/2)."""
+    """Convolution, 2x2 max-pool, BatchNorm, ReLU, as in LEAP's code: x (n, C_in, S, S) -> (n, C, S/2, S/2)."""
     x = F.max_pool2d(conv(params, name, x), 2)
     return F.relu(norm(params, name.replace("conv", "norm"), x))
 
 
 def head_block(params, name, x, norm):
+    """The classifier: features (n, ...) -> logits (n, N)."""
     return linear(params, name, x.flatten(1))
 
 
@@ -238,124 +384,173 @@ def group(params, name):
 
 def adapted_keys(args, params):
     """Keys of the parameters that inner steps change."""
-    return [k for k in group(params, "base") if "all" in args.adapt or k.split(".")[0] in args.adapt]
+    base = list(group(params, "base"))
+    if "all" in args.adapt:
+        return base
+    return [k for k in base if k.split(".")[0] in args.adapt]
 
 
 def init_params(args):
-    """All parameters, drawn from the seed -> flat dict. The base network's are the same for every algorithm."""
-    rng, params = torch.Generator().manual_seed(args.seed), {}
+    """Draw all parameters from the seed -> flat dict. The base network's are the same for every algorithm."""
+    rng = torch.Generator().manual_seed(args.seed)
+    params = {}
 
-    def default(name, n_out, n_in):
-        root = math.sqrt(n_in)                          # PyTorch's: uniform within 1 / root of the number of inputs
-        params[f"{name}.weight"] = (2 * torch.rand(n_out, n_in, generator=rng) - 1) / root
-        params[f"{name}.bias"] = (2 * torch.rand(n_out, generator=rng) - 1) / root
+    def default(name, *shape):
+        root = math.sqrt(math.prod(shape[1:]))  # PyTorch's: uniform within 1 / root of the number of inputs
+        weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
+        params[f"{name}.weight"] = (2 * weight - 1) / root
+        params[f"{name}.bias"] = (2 * bias - 1) / root
 
     c_in, c = 1, args.channels
     for layer in LAYERS:
-        default(layer, c, 9 * c_in)
-        params[f"{layer}.weight"] = params[f"{layer}.weight"].view(c, c_in, 3, 3)
-        params |= {f"{layer.replace('conv', 'norm')}.scale": torch.ones(c), f"{layer.replace('conv', 'norm')}.shift": torch.zeros(c)}
+        default(layer, c, c_in, 3, 3)
+        norm = layer.replace("conv", "norm")
+        params[f"{norm}.scale"] = torch.ones(c)
+        params[f"{norm}.shift"] = torch.zeros(c)
         c_in = c
     default("head", args.ways, c * (args.image_size // 16) ** 2)
     if args.algorithm == "modgrad":
-        for k in adapted_keys(args, params):
-            layer, part = k.split(".")
-            n_out, *n_in = params[k].shape
-            sizes = {"bias": n_out}
-            if part == "weight":                        # a 3x3 kernel (C_out, C_in, 3, 3) seen as near-square
-                sizes = {"rows": 3 * n_out, "cols": 3 * n_in[0]} if len(n_in) == 3 and n_in[0] > 3 else {"rows": n_out, "cols": math.prod(n_in)}
-            for factor, n in sizes.items():             # phi: Linear, ReLU, Linear; sizes of modgrad.py
-                default(f"generator.{layer}.{factor}.1", n, args.context)
-                default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
-                if args.start_at_one:
-                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
-    # Channels last is how convolutions like their kernels best.
-    return {k: w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for k, w in params.items()}
+        for key in adapted_keys(args, params):
+            layer, part = key.split(".")
+            for factor, n in factors(part, params[key].shape).items():
+                init_cell(params, args, default, f"generator.{layer}.{factor}", n)
+    for key, w in params.items():
+        if w.dim() == 4:  # convolutions are fastest with channels last
+            params[key] = w.to(memory_format=torch.channels_last)
+    return params
+
+
+def factors(part, shape):
+    """Lengths of the columns that make M for a parameter -> {"rows", "cols"} of a weight, {"bias"} of a bias."""
+    n_out, *n_in = shape
+    if part == "bias":
+        return {"bias": n_out}
+    if len(n_in) == 3 and n_in[0] > 3:
+        return {
+            "rows": 3 * n_out,
+            "cols": 3 * n_in[0],
+        }  # a 3x3 kernel (C_out, C_in, 3, 3) seen as near-square
+    return {"rows": n_out, "cols": math.prod(n_in)}
+
+
+def init_cell(params, args, default, name, n):
+    """Add a sister network phi that makes a column (n,): Linear, ReLU, Linear, of the released code's sizes."""
+    default(f"{name}.1", n, args.context)
+    default(f"{name}.2", args.rank + args.rank * n, n)
+    if args.start_at_one:
+        params[f"{name}.2.bias"][args.rank :] = 1.0
 
 
 # ------------------------------------------------------------------------------------------------- inner steps
-# Each takes (params, fast, loss, args, noisy): what is adapted so far, the loss on the step's batch as a function of it, and
-# `noisy`, which clips a gradient. Each returns what is adapted then. The text of the first two is that of modgrad.py.
-
-def maml_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * gradient(theta)                                            (Finn et al., ICML 2017)"""
-    gradient = noisy(torch.func.grad(loss)(fast))
-    return {k: fast[k] - args.alpha * gradient[k] for k in fast}
+# Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
+# that adapt, `loss` is the loss on the step's batch as a function of it, and `clip` bounds a gradient. Each returns
+# what is adapted then. The text of the first two is that of modgrad.py.
 
 
-def modgrad_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * M(v) * gradient(theta)                                     (Eq. 5; Algorithm 1, 9-13)"""
-    gradient = noisy(torch.func.grad(loss)(fast))                                       # 10
+def maml_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * gradient(theta)                                     (Finn et al., ICML 2017)"""
+    gradient = clip(torch.func.grad(loss)(adapted))
+    return {k: adapted[k] - args.alpha * gradient[k] for k in adapted}
+
+
+def modgrad_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * M(v) * gradient(theta)                              (Eq. 5; Algorithm 1, 9-13)"""
+    gradient = clip(torch.func.grad(loss)(adapted))  # 10
 
     def step(v):
-        M = modulation(params, v, fast)
-        return {k: fast[k] - args.alpha * M[k] * gradient[k] for k in fast}
-    v = next(iter(fast.values())).new_zeros(args.context)                               # 9
-    v = -torch.func.grad(lambda v: loss(step(v)))(v)                                    # 11: Eq. 9
-    return step(v.detach() if args.first_order else v)                                  # 12, 13
+        M = modulation(params, v, adapted)
+        return {k: adapted[k] - args.alpha * M[k] * gradient[k] for k in adapted}
+
+    def loss_after_step(v):
+        return loss(step(v))
+
+    v = next(iter(adapted.values())).new_zeros(args.context)  # 9: v = 0
+    v = -torch.func.grad(loss_after_step)(v)  # 11: Eq. 9
+    if args.first_order:
+        v = v.detach()
+    return step(v)  # 12, 13
 
 
-def fomaml_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * g, where g is the gradient as a number, not as a function: so d theta_K / d theta_0 = 1, and
-    nothing of the step needs to be kept                                          (Finn et al., ICML 2017, Section 5.2)"""
+def fomaml_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * g, where g is the gradient as a number, not as a function of theta.
+
+    So d theta_K / d theta_0 = 1, and nothing of the step has to be kept        (Finn et al., ICML 2017, Section 5.2)
+    """
     with torch.no_grad():
-        gradient = noisy(torch.func.grad(loss)(fast))
-    return {k: fast[k] - args.alpha * gradient[k] for k in fast}
+        gradient = clip(torch.func.grad(loss)(adapted))
+    return {k: adapted[k] - args.alpha * gradient[k] for k in adapted}
 
 
-def reptile_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * g: plain SGD                                                    (Nichol et al., 2018)"""
-    return fomaml_step(params, fast, loss, args, noisy)
+def reptile_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * g: plain SGD                                                (Nichol et al., 2018)"""
+    return fomaml_step(params, adapted, loss, args, clip)
 
 
 STEPS = {"modgrad": modgrad_step, "maml": maml_step, "fomaml": fomaml_step, "reptile": reptile_step}
 
 
 # ------------------------------------------------------------------------------------------------ outer losses
-# Each takes (params, fast, logits, task): the start, what is adapted after the last step, logits of the held-out images. Its gradient
-# with respect to params, the mean over tasks, is what the outer optimiser gets.
+# Each takes (params, adapted, logits, task): the start, what is adapted after the last step, logits of the held-out
+# images. Its gradient with respect to params, averaged over tasks, is what the outer optimiser gets.
 
-def query_outer(params, fast, logits, task):
-    """L(D_val; theta_K). Its gradient goes back through the steps as far as they let it: all of the way for ModGrad and MAML;
-    for FOMAML, d theta_K / d theta_0 = 1, it is the gradient at theta_K."""
+
+def query_outer(params, adapted, logits, task):
+    """L(D_val; theta_K). Its gradient goes back through the steps as far as they let it.
+
+    For ModGrad and MAML that is all of the way; for FOMAML, where d theta_K / d theta_0 = 1, it is the gradient at
+    theta_K.
+    """
     return F.cross_entropy(logits, task.query_y)
 
 
-def reptile_outer(params, fast, logits, task):
-    """|theta - theta_K|^2 / 2 for a constant theta_K, whose gradient is theta - theta_K: a step of size epsilon (--lr) of SGD
-    is theta <- theta + epsilon * mean(theta_K - theta)                       (Nichol et al., 2018, Algorithm 2)"""
-    return sum((params[k] - w.detach()).square().sum() for k, w in fast.items()) / 2
+def reptile_outer(params, adapted, logits, task):
+    """|theta - theta_K|^2 / 2 for a constant theta_K, whose gradient is theta - theta_K.
+
+    So a step of SGD of size epsilon (--lr) is theta <- theta + epsilon * mean(theta_K - theta)
+    (Nichol et al., 2018, Algorithm 2).
+    """
+    return sum((params[k] - w.detach()).square().sum() for k, w in adapted.items()) / 2
 
 
-OUTER = {"modgrad": query_outer, "maml": query_outer, "fomaml": query_outer, "reptile": reptile_outer}
+OUTER = {
+    "modgrad": query_outer,
+    "maml": query_outer,
+    "fomaml": query_outer,
+    "reptile": reptile_outer,
+}
 
 
 def cell(params, name, v):
-    """A sister network phi and its mixture: context v -> h a, a column (n,)                (Eq. 6, 7)."""
-    out = linear(params, f"{name}.2", F.relu(linear(params, f"{name}.1", v)))
+    """A sister network phi and its mixture: context v -> h a, a column (n,)         (Eq. 6, 7)."""
+    hidden = F.relu(linear(params, f"{name}.1", v))
+    out = linear(params, f"{name}.2", hidden)  # (u + u*n,)
     n = params[f"{name}.1.weight"].shape[0]
     u = len(out) // (n + 1)
-    return out[u:].view(n, u) @ out[:u].softmax(0)
+    a = out[:u].softmax(0)
+    h = out[u:].view(n, u)
+    return h @ a
 
 
 def modulation(params, v, like):
-    """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
+    """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Kernels' are >= 0. Factors of biases may have any sign: Eq. 8 speaks of the outer product alone. (The released code
-    cuts these off at 0 too.)
+    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    (The released code applies ReLU to them too.)
     """
     M = {}
-    for k, w in like.items():
-        layer, part = k.rsplit(".", 1)
+    for key, w in like.items():
+        layer, part = key.rsplit(".", 1)
         if part == "weight":
-            rows, cols = (cell(params, f"generator.{layer}.{factor}", v) for factor in ("rows", "cols"))
-            M[k] = F.relu(torch.outer(rows, cols)).view(w.shape)
+            rows = cell(params, f"generator.{layer}.rows", v)
+            cols = cell(params, f"generator.{layer}.cols", v)
+            M[key] = F.relu(torch.outer(rows, cols)).view(w.shape)
         else:
-            M[k] = cell(params, f"generator.{layer}.{part}", v)
+            M[key] = cell(params, f"generator.{layer}.{part}", v)
     return M
 
 
 # ------------------------------------------------------------------------------------------------- algorithm
+
 
 def marks(steps):
     """Numbers of steps after which a test measures the accuracy."""
@@ -363,59 +558,77 @@ def marks(steps):
 
 
 def task_loss(params, task, args, evaluate=False):
-    """ONE task: adapt what --adapt names by a step on each of the task's batches, be judged on its held-out drawings.
+    """ONE task: adapt what --adapt names by a step on each of the task's batches, evaluate on held-out drawings.
 
-    Returns the outer loss, whose gradient trains everything, and the logits (N*Q, N) of the held-out drawings. If `evaluate`,
-    in place of that loss the losses (K,) of the batches, each before its step, and logits (marks, N*Q, N) after several numbers
-    of steps, the last included; then (N*Q, N), the inductive ones. Numbers: lines of Algorithm 1.
+    Returns the outer loss (), the only training signal of all parameters, and the logits (N*Q, N) of the held-out
+    drawings. If `evaluate`: the losses (K,) of the batches, each before its step; logits (marks, N*Q, N) after several
+    numbers of steps, the last included; and the inductive logits (N*Q, N). Numbers are lines of Algorithm 1.
     """
     keys = adapted_keys(args, params)
-    fast, losses, held_out = {k: params[k] for k in keys}, [], []                       # 6: theta^0
-    moved = {k.split(".")[0].replace("norm", "conv") for k in keys}
-    first = [name in moved for name in (*LAYERS, "head")].index(True)
+    adapted = {k: params[k] for k in keys}  # 6: theta^0
+    first = first_moving_block(keys)
+    losses, held_out = [], []
 
-    def noisy(gradient):
-        gradient = {k: g.clamp(-args.inner_clip, args.inner_clip) for k, g in gradient.items()}
-        return {k: g.detach() for k, g in gradient.items()} if args.first_order else gradient
-    for k, (x, y) in enumerate(zip(task.support_x, task.support_y), 1):                 # 8
-        for name in LAYERS[:first]:                     # blocks before the first adapted one: run once a step
+    def clip(gradient):
+        most = args.inner_clip
+        gradient = {k: g.clamp(-most, most) for k, g in gradient.items()}
+        if args.first_order:
+            gradient = {k: g.detach() for k, g in gradient.items()}
+        return gradient
+
+    for k, (x, y) in enumerate(zip(task.support_x, task.support_y), 1):  # 8; x (B, 1, S, S)
+        for name in LAYERS[:first]:  # blocks before the first adapted one run once per step
             x = conv4_block(params, name, x, Norm())
 
-        def support_loss(fast, x=x, y=y):
-            return F.cross_entropy(run_blocks(params | fast, x, Norm(), first), y)
+        def batch_loss(adapted, x=x, y=y):
+            return F.cross_entropy(run_blocks(params | adapted, x, Norm(), first), y)
+
         if evaluate:
-            losses.append(support_loss(fast))
-        fast = STEPS[args.algorithm](params, fast, support_loss, args, noisy)           # 9-13
+            losses.append(batch_loss(adapted))
+        adapted = STEPS[args.algorithm](params, adapted, batch_loss, args, clip)  # 9-13
         if evaluate and k in marks(len(task.support_x)):
-            held_out.append(run_blocks(params | fast, task.query_x, Norm()))
+            held_out.append(run_blocks(params | adapted, task.query_x, Norm()))
     if not evaluate:
-        logits = run_blocks(params | fast, task.query_x, Norm())
-        return OUTER[args.algorithm](params, fast, logits, task), logits                # 16, 17
+        logits = run_blocks(params | adapted, task.query_x, Norm())
+        return OUTER[args.algorithm](params, adapted, logits, task), logits  # 16, 17
     norm = Norm()
-    run_blocks(params | fast, task.support_x[-10:].flatten(0, 1), norm)
-    return torch.stack(losses), torch.stack(held_out), run_blocks(params | fast, task.query_x, Norm(norm.used))
+    run_blocks(params | adapted, task.support_x[-10:].flatten(0, 1), norm)
+    inductive = run_blocks(params | adapted, task.query_x, Norm(norm.used))
+    return torch.stack(losses), torch.stack(held_out), inductive
 
 
-# ============================================================================================================
-# From here on the text is that of the other scripts, with curves beside their accuracies.
+def first_moving_block(keys):
+    """Number of the first block that an inner step changes."""
+    moved = {k.split(".")[0].replace("norm", "conv") for k in keys}
+    moves = [name in moved for name in (*LAYERS, "head")]
+    return moves.index(True)
+
+
+# ---------------------------------------------------------------------------------------- training, evaluation
+
 
 def run_tasks(params, batch, args, vectorise, evaluate=False):
-    """task_loss of T tasks -> losses (T,) and accuracies (T,) in % on held-out drawings; if `evaluate`: losses (T, K), accuracies
-    (T, marks) of the paper's protocol, (T,) inductive.
+    """Run task_loss on T tasks -> losses (T,) and accuracies (T,) in % on held-out drawings.
 
-    In training it adds the mean outer loss's gradient to .grad. vmap fills a GPU. On a CPU each task has a thread of its own,
-    and gradients are added in the order of the tasks.
+    If `evaluate`: losses (T, K), accuracies (T, marks) of the paper's protocol, (T,) inductive. In training it adds
+    the gradient of the mean outer loss to .grad. `vectorise`: all tasks at once, by vmap, which fills a GPU. Else, for
+    the CPU, each task runs in a thread of its own, and gradients are added in the order of the tasks.
     """
-    T, weights = len(batch.mode), list(params.values())
+    T = len(batch.mode)
+    weights = list(params.values())
+    device = args.device.split(":")[0]
 
     def one(task):
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
             loss, *logits = task_loss(params, task, args, evaluate)
-        shown = loss if evaluate else F.cross_entropy(logits[0], task.query_y)          # Reptile's outer loss is a distance
-        return loss, shown, *(100 * (x.argmax(-1) == task.query_y).float().mean(-1) for x in logits)
+        shown = loss
+        if not evaluate:  # Reptile's outer loss is a distance
+            shown = F.cross_entropy(logits[0], task.query_y)
+        correct = [(x.argmax(-1) == task.query_y).float() for x in logits]
+        return loss, shown, *(100 * x.mean(-1) for x in correct)
 
     def one_in_a_thread(task):
-        with torch.set_grad_enabled(not evaluate):      # each thread has a switch of its own
+        with torch.set_grad_enabled(not evaluate):  # each thread has a switch of its own
             loss, *found = one(task)
         gradients = () if evaluate else torch.autograd.grad(loss / T, weights)
         return [x.detach() for x in found], gradients
@@ -426,7 +639,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             loss.mean().backward()
         return [x.detach() for x in columns]
     rows = []
-    tasks = [Task(*(x[i] for x in batch)) for i in range(T)]
+    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
     for found, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         rows.append(found)
         for w, g in zip(weights, gradients):
@@ -436,165 +649,241 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 
 
 def evaluate(params, episodes, count, args):
-    """The first `count` tasks -> losses (count, K), accuracies in % (count, marks), inductive (count,), as arrays."""
+    """Evaluate the first `count` tasks -> losses (count, K), accuracies in % (count, marks), inductive (count,)."""
     rows = []
-    with torch.no_grad(), tqdm(total=count, desc=f"{episodes.split} tasks", disable=None, leave=False) as bar:
-        for first in range(0, count, 10):
-            batch = episodes.tasks(first, min(10, count - first))
+    starts = range(0, count, 10)
+    for first in tqdm(starts, desc=f"{episodes.split} tasks, 10 at a time", disable=None, leave=False):
+        batch = episodes.tasks(first, min(10, count - first))
+        with torch.no_grad():
             rows.append(run_tasks(params, batch, args, args.device != "cpu", evaluate=True))
-            bar.update(len(batch.mode))
     return [torch.cat(x).double().cpu().numpy().round(4) for x in zip(*rows)]
 
 
 def summary(per_task, alphabets):
-    """Values of tasks (n, ...) and their alphabets (n,) -> {"mean", "ci95"}. Tasks of one alphabet are alike: the mean is that
-    of the alphabets' means m, and the half width of its 95 % interval t s(m) / sqrt(number of alphabets), t Student's."""
+    """Values of tasks (n, ...) and their alphabets (n,) -> {"mean", "ci95"}.
+
+    Tasks of one alphabet are alike, so the mean is that of the alphabets' means m, and the half width of its 95 %
+    interval is t s(m) / sqrt(number of alphabets), with Student's t.
+    """
     means = np.stack([per_task[alphabets == a].mean(0) for a in np.unique(alphabets)])
-    return {"mean": means.mean(0).round(4).tolist(), "ci95": (student(len(means)) * means.std(0, ddof=1) / math.sqrt(len(means))).round(4).tolist()}
-
-
-def identity(args):
-    """What makes two runs the same run: the method, and the arguments that change what is learned."""
-    other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "data_root", "cache_dir", "out",
-             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "test_steps", "title", "variant", "workers")
-    return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
-
-
-def load(path, args):
-    """The checkpoint at `path`. That of another run is an error, which names the difference."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        here, there = identity(args), checkpoint["identity"]
-    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        fail(f"{path} is no checkpoint ({type(error).__name__}): choose another --out, or --overwrite")
-    for key in here | there:
-        if here.get(key) != there.get(key):
-            fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
-    return checkpoint
+    n = len(means)
+    half_width = student(n) * means.std(0, ddof=1) / math.sqrt(n)
+    return {"mean": means.mean(0).round(4).tolist(), "ci95": half_width.round(4).tolist()}
 
 
 def measured(rows, alphabets):
-    """What `evaluate` returned -> {"accuracy", "accuracy_inductive": after the last step; "curve": its training losses before
-    each step, "after": accuracies after several numbers of steps; "loss": the mean of the curve}, each with an interval."""
+    """What `evaluate` returned -> measures, each with an interval.
+
+    "accuracy", "accuracy_inductive": after the last step. "curve": training losses before each step. "after":
+    accuracies after several numbers of steps. "loss": the mean of the curve.
+    """
     losses, accuracies, inductive = rows
-    return {"accuracy": summary(accuracies[:, -1], alphabets), "accuracy_inductive": summary(inductive, alphabets),
-            "loss": summary(losses.mean(1), alphabets), "curve": summary(losses, alphabets),
-            "after": {"steps": marks(losses.shape[1])} | summary(accuracies, alphabets)}
+    return {
+        "accuracy": summary(accuracies[:, -1], alphabets),
+        "accuracy_inductive": summary(inductive, alphabets),
+        "loss": summary(losses.mean(1), alphabets),
+        "curve": summary(losses, alphabets),
+        "after": {"steps": marks(losses.shape[1])} | summary(accuracies, alphabets),
+    }
 
 
-def train(params, args, checkpoint, stop):
-    """Run the iterations that are missing, from the checkpoint on -> iterations done, seconds of training."""
-    done, before, window = 0, 0.0, []
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[args.outer](params.values(), lr=args.lr, fused=True)
-    if checkpoint:
-        done, before, window = (checkpoint[k] for k in ("iteration", "seconds", "window"))
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if done >= args.iterations or args.eval_only:
-        return done, before
-    episodes, validation = Alphabets.of(args, "train"), args.val_every and Alphabets.of(args, "val")
-    out, T, start, begun = Path(args.out), args.meta_batch, done, time.perf_counter()
-    deadline, ending = begun + (math.inf if args.stop_after is None else args.stop_after), False
-    log = out / "log.jsonl"     # lines from after the checkpoint, if the run was killed, will come again
-    lines = log.read_text().splitlines() if checkpoint and log.exists() else []
-    lines = [line for line in lines if json.loads(line)["iteration"] <= done]
-    for number in (signal.SIGINT, signal.SIGTERM):      # the first ends the run cleanly, a second one at once
-        signal.signal(number, lambda n, _: (stop.append(f"signal {n}"), signal.signal(n, signal.SIG_DFL)))
-    with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
-        while not ending:
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (done // (args.lr_halve_every or math.inf))
-            losses, accuracies = run_tasks(params, episodes.tasks(done * T, T), args, args.device != "cpu")
-            optimizer.step()
-            window.append(torch.stack([losses, accuracies]).mean(1))        # stays on the device until logged
-            done += 1
-            bar.update()
-            if done - start == 20:
-                window[-1].cpu()                            # wait for the device
-                left = (time.perf_counter() - begun) / 20 * (args.iterations - done) / 60
-                bar.write(f"about {left:.0f} min to the end" + "; try --quick?" * (left > 120), sys.stderr)
-            if time.perf_counter() > deadline:
-                stop.append("--stop-after")
-            ending = bool(stop) or done == args.iterations
-            if done % args.log_every == 0 or done == args.iterations:
-                loss, accuracy = torch.stack([x.cpu() for x in window]).mean(0).tolist()
-                seconds = time.perf_counter() - begun       # the copy has waited for the device
-                norms = {p: math.hypot(*(w.grad.norm() for w in group(params, p).values())) for p in PARTS}
-                if not math.isfinite(loss + sum(norms.values())):
-                    fail(f"not finite near iteration {done}: lower --lr, in another --out")
-                line = {"iteration": done, "loss": loss, "accuracy": accuracy, "gradient_norm": norms,
-                        "seconds": before + seconds, "synthetic": args.synthetic}
-                if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
-                    rows = evaluate(params, validation, args.val_tasks, args)
-                    line["validation"] = measured(rows, validation.alphabets(0, args.val_tasks))
-                    begun = time.perf_counter() - seconds       # seconds count training alone
-                lines.append(json.dumps(line))
-                atomic_write(log, "\n".join(lines) + "\n")
-                window = []
-                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f}%")
-                if bar.disable:                                 # not a terminal: lines instead of a bar
-                    print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
-            if args.keep_every and done % args.keep_every == 0:
-                atomic_write(out / f"params-{done}.pt", {k: w.detach().cpu() for k, w in params.items()})
-            if done % args.save_every == 0 or ending:
-                weights = {k: w.detach().cpu() for k, w in params.items()}
-                atomic_write(out / "checkpoint.pt", {
-                    "identity": identity(args), "iteration": done, "optimizer": optimizer.state_dict(),
-                    "seconds": before + time.perf_counter() - begun, "window": window, "params": weights})
-    return done, before + time.perf_counter() - begun
+def gradient_norm(params, part):
+    """Euclidean norm of the gradient of one part of the parameters."""
+    norms = [w.grad.norm() for w in group(params, part).values()]
+    return math.hypot(*norms)
+
+
+def size(params, part):
+    """Number of parameters in one part of them."""
+    return sum(w.numel() for w in group(params, part).values())
+
+
+def train(params, args, run):
+    """Minimise the mean outer loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    T = args.meta_batch
+    optimizer = OPTIMISERS[args.outer](params.values(), lr=args.lr, fused=True)
+    run.restore(optimizer)
+    episodes = Alphabets.of(args, "train")
+    held_out = Alphabets.of(args, "val") if args.val_every else None
+
+    def validate():
+        rows = evaluate(params, held_out, args.val_tasks, args)
+        return measured(rows, held_out.alphabets(0, args.val_tasks))
+
+    for iteration in run.iterations():
+        if args.lr_halve_every:
+            optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** (iteration // args.lr_halve_every)
+        batch = episodes.tasks(first=iteration * T, count=T)
+
+        optimizer.zero_grad()
+        losses, accuracies = run_tasks(params, batch, args, args.device != "cpu")
+        optimizer.step()
+
+        run.observe(torch.stack([losses, accuracies]).mean(1))
+        if run.log_now():
+            loss, accuracy = run.observed().mean(0).tolist()
+            norms = {part: gradient_norm(params, part) for part in PARTS}
+            values = {"loss": loss, "accuracy": accuracy, "gradient_norm": norms}
+            shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.1f}%"}
+            run.log(values | {"synthetic": args.synthetic}, shown, validate)
+        run.save(params, optimizer)
+
+
+def measure(params, test, args, run):
+    """Evaluate on the test tasks and write result.json -> its content."""
+    rows = evaluate(params, test, args.test_tasks, args)
+    losses, accuracies, inductive = rows
+    alphabets = test.alphabets(0, args.test_tasks)
+    return run.write_result(
+        {
+            "modes": args.modes,
+            "ways": args.ways,
+            "shots": args.shots,
+            "synthetic": args.synthetic,
+            "protocol": PROTOCOLS,
+            "tasks_sha256": test.sha256(args.test_tasks),
+            "data": test.folders,
+            **measured(rows, alphabets),
+            "parameters": {part: size(params, part) for part in PARTS},
+            "per_task": accuracies[:, -1].tolist(),
+            "per_task_inductive": inductive.tolist(),
+            "per_task_loss": losses.mean(1).round(4).tolist(),
+            "per_task_alphabet": alphabets.tolist(),
+            "alphabets": test.names,
+        }
+    )
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    known = args.modes == ["omniglot"] and args.ways == 20 and args.test_steps == 100 and not args.synthetic and not args.variant
-    paper, after, curve = PAPER[result["method"]] if known else "", result["after"], result["curve"]
-    print(f"\n{args.title}: {args.ways}-way, {args.shots[0]} to {args.shots[1]} shots, {args.image_size} px, {result['test_tasks']} test "
-          f"tasks of {len(result['alphabets'])} alphabets, after {result['iterations']} iterations of {result['seconds_per_iteration']} s\n"
-          f"accuracy in % after {args.test_steps} steps on held-out drawings: "
-          + ", ".join("{} {mean:.2f} +- {ci95:.2f}".format(name, **result[key]) for name, key in (
-              ("inductive", "accuracy_inductive"), ("paper protocol", "accuracy"))) + f"; {TABLE}: {paper}" * bool(paper))
+    """Print what was measured, under which protocol, with its interval."""
+    least, most = args.shots
+    setting = f"{args.ways}-way, {least} to {most} shots, {args.image_size} px"
+    tasks = f"{args.test_tasks} test tasks of {len(result['alphabets'])} alphabets"
+    training = f"{result['iterations']} iterations of {result['seconds_per_iteration']} s"
+    print(f"\n{args.title}: {setting}, {tasks}, after {training}")
+    inductive = "{mean:.2f} +- {ci95:.2f}".format(**result["accuracy_inductive"])
+    paper = "{mean:.2f} +- {ci95:.2f}".format(**result["accuracy"])
+    print(f"accuracy in % after {args.test_steps} steps on held-out drawings:", end=" ")
+    print(f"inductive {inductive}, paper protocol {paper}")
+    after = result["after"]
+    losses = [result["curve"]["mean"][k - 1] for k in after["steps"]]
+    shown = [f"{x:8.3f}" if x < 1000 else f"{x:8.1e}" for x in losses]
     print("steps             " + "".join(f"{k:8}" for k in after["steps"]))
     print("accuracy after    " + "".join(f"{x:8.2f}" for x in after["mean"]))
-    print("loss of last batch" + "".join(f"{x:8.3f}" if x < 1000 else f"{x:8.1e}" for x in (curve["mean"][k - 1] for k in after["steps"])) + "    (before its step)")
+    print("loss of last batch" + "".join(shown) + "    (before its step)")
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def column(i):
+    """A column of DEFAULTS for a help text."""
+    cells = []
+    for algorithm, row in DEFAULTS.items():
+        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        cells.append(f"{algorithm} {value}")
+    return ", ".join(cells)
+
+
+SHOTS_HELP = (
+    "training drawings per class, any number from LEAST to MOST (P: 1 to 25, of 20 that there are; L: 15 15)"
+)
+STEPS_HELP = f"K, inner steps in training (L: 100, MAML 5): {column(0)}"
+ALPHA_HELP = f"their size (L: 0.1): {column(1)}"
+ADAPT_HELP = f"layers that the steps change, as conv4 head; or all: {column(2)}"
+ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
+OUTER_HELP = f"outer optimiser (P: adam; L: sgd): {column(3)}"
+LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)}"
+
+
+def get_args(argv=None):
+    """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
+    p = new_parser(__doc__, "P: the paper's value; L: that of LEAP and its code, ours unless it says so.")
+    add_algorithm_flags(p)
+    p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
+    p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
+    p.add_argument(
+        "--test-tasks", type=int, default=100, help="over all alphabets together (L: one of each of 10)"
+    )
+    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
+    p.add_argument("--val-tasks", type=int, default=22, help="over all alphabets together")
+    add_data_flags(p, synthetic="procedural characters in invented alphabets: no download")
+    add_device_flags(p, precision="bf16: the network's layers only")
+    add_run_flags(p, QUICK)
+    args, defaults = parse(p, argv, QUICK)
+    args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
+    args.method = METHODS[args.algorithm]
+    usual = zip(("steps", "alpha", "adapt", "outer", "lr"), DEFAULTS[args.algorithm])
+    fill(args, defaults, dict(usual))
+    check(args)
+    reset_unused(args, defaults, UNUSED[args.algorithm])
+    if args.adapt != defaults["adapt"]:
+        args.method += f" on {'+'.join(args.adapt)}"
+    data = f"SYNTHETIC {args.modes[0]}" if args.synthetic else args.modes[0]
+    shown = ("adapt", "ways", "shots", "image_size", "seed", "synthetic")
+    complete(args, defaults, data, shown, named=("modes", "algorithm"), least={"image_size": 16})
+    return args
+
+
+def add_algorithm_flags(p):
+    """Add the flags that decide what is learned."""
+    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="inner step and outer loss")
+    p.add_argument(
+        "--modes", nargs=1, default=["omniglot"], metavar="MODE", help="alphabets: omniglot (P, L)"
+    )
+    p.add_argument("--ways", type=int, default=20, help="N, characters of an alphabet in a task (P, L: 20)")
+    p.add_argument("--shots", type=int, nargs=2, default=[1, 15], metavar=("LEAST", "MOST"), help=SHOTS_HELP)
+    p.add_argument("--queries", type=int, default=5, help="Q, held-out drawings per class (L: 5)")
+    p.add_argument("--batch", type=int, default=20, help="B, images per step (L: 20)")
+    p.add_argument("--image-size", type=int, default=28, help="S, pixels (L: 28)")
+    p.add_argument("--channels", type=int, default=64, help="of each layer (L: 64)")
+    p.add_argument("--steps", type=int, help=STEPS_HELP)
+    p.add_argument("--alpha", type=float, help=ALPHA_HELP)
+    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=ADAPT_HELP)
+    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a cell (P: 5 elsewhere)")
+    p.add_argument("--context", type=int, default=300, help="length of v (P: 300 elsewhere)")
+    p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
+    p.add_argument(
+        "--inner-clip", type=float, default=20.0, help="bound of the inner gradient's entries (L: none)"
+    )
+    p.add_argument(
+        "--first-order", action="store_true", help="hold inner gradients constant (maml: this is fomaml)"
+    )
+    p.add_argument("--meta-batch", type=int, default=20, help="T, tasks per iteration (L: 20)")
+    p.add_argument("--iterations", type=int, default=1000, help="updates (L: 1,000)")
+    p.add_argument("--outer", choices=("adam", "sgd"), help=OUTER_HELP)
+    p.add_argument("--lr", type=float, help=LR_HELP)
+    p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never")
+
+
+def check(args):
+    """Exit if flags contradict each other."""
+    if args.algorithm == "reptile" and args.adapt != ["all"]:
+        fail(
+            "--algorithm reptile --adapt: what its steps do not change would never be trained: leave --adapt out"
+        )
+    if args.algorithm == "modgrad" and "all" in args.adapt:
+        fail(
+            "--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head"
+        )
+    for layer in args.adapt:
+        if layer not in ("all", *LAYERS, "head"):
+            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
+    least, most = args.shots
+    if not 1 <= least <= most:
+        fail(f"--shots {least} {most}: give two numbers from 1 on, the smaller one first")
 
 
 def main():
     args = get_args()
-    out, stop, test = Path(args.out), [], Alphabets.of(args, "test")
-    for file in out.glob("*") if args.overwrite else ():
-        if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
-            file.unlink()
-    checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
-    if args.eval_only and not checkpoint:
-        fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
-    params = checkpoint["params"] if checkpoint else init_params(args)
-    params = {k: w.to(args.device).requires_grad_() for k, w in params.items()}
-    done, seconds = train(params, args, checkpoint, stop)
-    if stop and done < args.iterations:
-        print(f"stopped by {stop[0]} at iteration {done} of {args.iterations}; the same command continues")
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):      # training is saved; evaluation may be cut anywhere
-        signal.signal(number, signal.SIG_DFL)
-    file, tasks = out / "result.json", test.sha256(args.test_tasks)
-    result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
-    if [result.get(k) for k in ("iterations", "tasks_sha256", "data")] != [done, tasks, test.folders]:
-        rows, alphabets = evaluate(params, test, args.test_tasks, args), test.alphabets(0, args.test_tasks)
-        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
-        result = {
-            "method": args.method, "modes": args.modes, "ways": args.ways, "shots": args.shots,
-            "synthetic": args.synthetic, "protocol": PROTOCOLS, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "data": test.folders, "iterations": done,
-            **measured(rows, alphabets),
-            "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
-            "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
-            "args": {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out")},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
-                         "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
-            "per_task": rows[1][:, -1].tolist(), "per_task_inductive": rows[2].tolist(),
-            "per_task_loss": rows[0].mean(1).round(4).tolist(), "per_task_alphabet": alphabets.tolist(), "alphabets": test.names}
-        atomic_write(file, json.dumps(result))
-    report(result, args)
+    test = Alphabets.of(args, "test")
+    run = Run(args)
+    params = run.params(init_params(args))
+    if run.unfinished:
+        train(params, args, run)
+    if run.finished():
+        same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
+        report(run.result(**same) or measure(params, test, args, run), args)
 
 
 if __name__ == "__main__":
