@@ -1,16 +1,17 @@
-"""The ModGrad cell in reinforcement learning: a policy that adapts to a new task from 20 trials of it. With MAML and CAVIA.
+"""The ModGrad cell in reinforcement learning: a policy adapts to a new task from 20 trials. And baselines: MAML, CAVIA.
 
 Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learning, ECCV 2020, Section 5.3, Figure 8.
 The protocol is that of MAML (Finn et al., ICML 2017) and CAVIA (Zintgraf et al., ICML 2019).
 
-The idea. A *task* is a goal that the policy is not told: a place to go to, a direction or a speed to run in. It acts
-(R *rollouts*), sees its rewards, makes an inner step of policy gradient, and acts again. Meta-learning finds parameters from
-which that one step helps most. The support set of modgrad.py is here what the policy lived through before the step, the query
-set what it lives through after it; and since the second depends on the step, too, both are drawn anew all the time.
+The idea. A *task* is a goal that the policy is not told: a place to go to, a direction or a speed to run in. The policy
+acts (R *rollouts*), sees its rewards, makes an inner step of policy gradient, and acts again. Meta-learning finds
+parameters from which that one step helps most. What is the support set in modgrad.py is here what the policy lived
+through before the step, and the query set what it lives through after it; because the second depends on the step, both
+are drawn anew all the time.
 
-Inner step: policy gradient ("vanilla", REINFORCE), by generalised advantages over a linear baseline. Outer step: TRPO (Schulman
-et al., ICML 2015), the longest step along the natural gradient that changes the adapted policies by no more than a bound in
-KL divergence. The algorithms differ in the inner step only:
+Inner step: policy gradient ("vanilla", REINFORCE), with generalised advantages over a linear baseline. Outer step: TRPO
+(Schulman et al., ICML 2015), the longest step along the natural gradient that changes the adapted policies by no more
+than a bound in KL divergence. The algorithms differ in the inner step only:
     modgrad    two hidden layers, by one step whose gradient is modulated entry by entry (see modgrad.py)
     maml       all parameters, the policy's deviation included, by a plain gradient step
     cavia      a context vector beside the observation, from zero, by a plain gradient step
@@ -26,164 +27,74 @@ KL divergence. The algorithms differ in the inner step only:
 Read it beside modgrad.py: the same inner steps, and TRPO where Adam was.
 Run:  python modgrad_rl.py --quick                           2D navigation, a minute or two on two CPU cores; prints returns
       python modgrad_rl.py --env cheetah-dir --algorithm maml            needs gymnasium[mujoco], see requirements-dev.txt
-      python modgrad_rl.py --picture paths.png --runs RUN RUN ...        paths before and after adaptation (navigation)
-The paper keeps its RL variant in a supplement that is not public. Chosen here: cells on both hidden layers; v of 128 entries and
-u = 5 as in its regression; Eq. 9's loss after the trial step is taken on the same rollouts, corrected by the ratio of new to old
-probabilities (no rollouts more than the rivals have); a step size of 30, with which the first steps are about as long as MAML's:
-M is 0.0004 to 0.005 in kernels, where it is not 0, and 0.02 in biases to begin with, and with the 0.1 of its other experiments the
-policy does not move. (ReLU is for kernels' M. On that of biases, which is no product, it made line searches fail: before Eq. 9 all tasks
-have v = 0 and so share what ReLU cuts off, and an outer step that takes one such entry past zero lets v jump in most tasks.)
+      python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
+The paper keeps its RL variant in a supplement that is not public. Chosen here: cells on both hidden layers; v of 128
+entries and u = 5 as in its regression; Eq. 9's loss after the trial step is taken on the same rollouts, corrected by the
+ratio of new to old probabilities (so ModGrad uses no more rollouts than the others); a step size of 30, with which the
+first steps are about as long as MAML's. For M is 0.0004 to 0.005 in kernels, where it is not 0, and 0.02 in biases to
+begin with, and with the 0.1 of the paper's other experiments the policy does not move. (ReLU is for kernels' M. On the M
+of biases, which is no product, it made line searches fail: before Eq. 9 all tasks have v = 0 and so share what ReLU cuts
+off, and an outer step that takes one such entry past zero lets v jump in most tasks.)
 """
+
 import argparse
 import hashlib
-import io
-import json
 import math
 import multiprocessing
 import os
-import platform
 import signal
-import sys
-import time
-from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import atomic_write, fail, uniform
+from data import (
+    Run,
+    add_device_flags,
+    add_run_flags,
+    complete,
+    fail,
+    fill,
+    new_parser,
+    parse,
+    reset_unused,
+    uniform,
+)
 
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "cavia": "CAVIA"}
-LAYERS = ("fc1", "fc2", "mean")                     # and log_std, which has no layer
-PARTS = ("base", "encoder", "generator")            # of the parameters; no algorithm here has an encoder
-PROTOCOL = "sum of the rewards of a rollout, not discounted: mean over the rollouts of a task, then over tasks"
+LAYERS = ("fc1", "fc2", "mean")  # and log_std, which has no layer
+PARTS = ("base", "encoder", "generator")  # of the parameters; no algorithm here has an encoder
+PROTOCOL = (
+    "sum of the rewards of a rollout, not discounted: mean over the rollouts of a task, then over tasks"
+)
 QUICK = {"iterations": 25, "meta_batch": 10, "test_tasks": 40}
-TABLE, PAPER = "ModGrad's Figure 8", defaultdict(dict, {                    # return after one update, as its text says
-    "MAML": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-100"},
-    "CAVIA": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-90"},
-    "ModGrad": {"navigation": "-8", "cheetah-dir": "590", "cheetah-vel": "-80"}})
-# (size of the inner step, adapted layers): CAVIA's are those of its code, MAML's size that of its paper; ModGrad's: see above.
+# (size of the inner step, adapted layers). CAVIA's are those of its code, MAML's size that of its paper; ModGrad's: see
+# above.
 DEFAULTS = {"modgrad": (30.0, ["fc1", "fc2"]), "maml": (0.1, ["all"]), "cavia": (1.0, [])}
-CHEETAH_ALPHA = {"cavia": 10.0}                     # where the half-cheetah's step size is another: ours
+CHEETAH_ALPHA = {"cavia": 10.0}  # where the half-cheetah's step size is another: ours
 HORIZON = {"navigation": 100, "cheetah-dir": 200, "cheetah-vel": 200}
-LEAST = {"fisher_fraction": 1e-6, "hidden": 1, "meta_batch": 1, "log_every": 1, "save_every": 1, "test_tasks": 2, "val_tasks": 2, "rank": 1,
-         "context": 1, "rollouts": 1, "horizon": 1, "updates": 1, "test_updates": 1, "cg_steps": 1,
-         "workers": 1}      # of arguments that are numbers; else 0
-SHOWN = ("adapt", "env", "seed")                    # what a report says anyway
-
-
-def column(i):
-    """A column of DEFAULTS for a help text."""
-    return ", ".join(f"{algorithm} {' '.join(row[i]) if i == 1 else row[i]}" for algorithm, row in DEFAULTS.items())
-
-
-def get_args(argv=None):
-    about = __doc__.split("\n")[0] + " P: the paper's value; C: that of CAVIA's code, ours unless it says so."
-    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    p.error = fail
-    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="the inner step")
-    p.add_argument("--env", default="navigation", choices=HORIZON, help="what the tasks are (see Navigation, Cheetah)")
-    p.add_argument("--rollouts", type=int, default=20, help="R, for an update, and after it (P, C: 20; C at test: 40)")
-    p.add_argument("--horizon", type=int, help=f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}")
-    p.add_argument("--hidden", type=int, default=100, help="units of each of the two layers (P: 100)")
-    p.add_argument("--updates", type=int, default=1, help="K, inner updates in training, each with new rollouts (C: 1)")
-    p.add_argument("--test-updates", type=int, default=3, help="inner updates at test (P: 3)")
-    p.add_argument("--alpha", type=float, help=f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)")
-    p.add_argument("--halve-test-lr", action=argparse.BooleanOptionalAction,
-                   help="half the step size from the second update of a test on (C: with MAML; on for MAML, else off)")
-    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=f"what the step changes, as fc2 mean; or all: {column(1)}")
-    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
-    p.add_argument("--context", type=int, help="length of v (128), of CAVIA's vector (5, C's; 50 for the half-cheetah, ours)")
-    p.add_argument("--start-at-one", action="store_true", help="ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)")
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
-    p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
-    p.add_argument("--gae-lambda", type=float, default=1.0, help="of the advantages; 1: returns less the baseline (C: 1)")
-    p.add_argument("--meta-batch", type=int, default=40, help="T, tasks an iteration (C: 20, MAML's paper too)")
-    p.add_argument("--iterations", type=int, default=500, help="outer steps (C: 500)")
-    p.add_argument("--max-kl", type=float, default=0.01, help="bound of an outer step (C: 0.01)")
-    p.add_argument("--cg-steps", type=int, default=10, help="conjugate gradient's (C: 10)")
-    p.add_argument("--cg-damping", type=float, default=1e-5, help="added to the Fisher matrix (C: 1e-5)")
-    p.add_argument("--fisher-fraction", type=float, default=0.25, help="of the tasks, on which KL's curvature is computed (C: "
-                   "all; TRPO's paper: 0.1 of the steps). Its bound is kept on all of them in any case")
-    p.add_argument("--line-search", type=int, default=15, help="steps tried, each 0.8 of the one before (C: 15)")
-    p.add_argument("--seed", type=int, default=0, help="of initial parameters, training tasks and training rollouts")
-    p.add_argument("--test-tasks", type=int, default=100, help="goals, the same for all algorithms and seeds (C: 40)")
-    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
-    p.add_argument("--val-tasks", type=int, default=40, help="goals")
-    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {QUICK}")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that simulate half-cheetahs")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
-    p.add_argument("--log-every", type=int, default=1, help="iterations")
-    p.add_argument("--save-every", type=int, default=10, help="iterations between checkpoints")
-    p.add_argument("--keep-every", type=int, default=0, help="iterations between kept parameters")
-    p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
-    p.add_argument("--picture", metavar="FILE", help="train nothing: draw the paths of --runs, a PNG")
-    p.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="folders of runs")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
-    start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
-    defaults = vars(p.parse_args([]))
-    if p.parse_known_args(argv)[0].quick:
-        p.set_defaults(**QUICK)
-    args = p.parse_args(argv)
-    if bool(args.picture) != bool(args.runs):
-        fail("--picture FILE and --runs RUN ... belong together")
-    args.method = METHODS[args.algorithm]
-    alpha, adapt = DEFAULTS[args.algorithm]
-    alpha, context = (alpha, 5) if args.env == "navigation" else (CHEETAH_ALPHA.get(args.algorithm, alpha), 50)
-    usual = {"alpha": alpha, "halve_test_lr": args.algorithm == "maml", "adapt": adapt, "context": context if args.algorithm == "cavia" else 128,
-             "horizon": HORIZON[args.env]}
-    for key, value in usual.items():
-        defaults[key] = value
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    if args.algorithm == "cavia" and args.adapt:
-        fail("--algorithm cavia adapts its context alone: leave --adapt out")
-    for layer in args.adapt:
-        if layer not in ("all", *LAYERS, "log_std"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
-    if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
-        fail(f"--algorithm modgrad --adapt {' '.join(args.adapt)}: a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}")
-    for key in {"modgrad": [], "cavia": ["rank", "start_at_one"], "maml": ["rank", "context", "start_at_one"]}[args.algorithm]:
-        if getattr(args, key) != defaults[key]:
-            print(f"note: {args.method} does not use --{key.replace('_', '-')}, so it stays {defaults[key]}", file=sys.stderr)
-        setattr(args, key, defaults[key])               # and does not make it another run
-    if args.fisher_fraction > 1:
-        fail(f"--fisher-fraction {args.fisher_fraction}: give a share of the tasks, at most 1")
-    args.method += f" on {'+'.join(args.adapt)}" * (args.adapt != defaults["adapt"])
-    changed = {k: '+'.join(v) if isinstance(v, list) else v for k, v in identity(args).items()
-               if k not in ("env", "algorithm") and v != defaults.get(k, v)}
-    if args.out is None:                                # named by its method and what is not default
-        words = [f"{k}={v}" for k, v in changed.items()]
-        args.out = os.path.join("runs", "-".join([args.method, args.env, *words]).lower())
-    flags = {f"--{k.replace('_', '-')}": v for k, v in changed.items() if k not in SHOWN}
-    args.variant = [flag if v is True else f"{flag} {str(v).replace('+', ' ')}" for flag, v in flags.items()]
-    args.title = " ".join([args.method, args.env, *args.variant])
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    args.device = {"auto": (gpus + ["cpu"])[0], "cuda": (gpus + ["cuda"])[0]}.get(args.device, args.device)
-    if args.device not in ("cpu", *gpus):
-        fail(f"--device {args.device}: not there; choose from {' '.join(['cpu', *gpus])}")
-    for key, value in vars(args).items():
-        if isinstance(value, (int, float)) and not LEAST.get(key, 0) <= value < 2 ** 63:
-            fail(f"--{key.replace('_', '-')} {value}: give a number from {LEAST.get(key, 0)} on")
-    return args
+UNUSED = {  # flags that an algorithm does not use
+    "modgrad": [],
+    "cavia": ["rank", "start_at_one"],
+    "maml": ["rank", "context", "start_at_one"],
+}
 
 
 # --------------------------------------------------------------------------------------------------- worlds
 # A world has tasks, observations of D numbers and actions of A; it moves all rollouts of all tasks one step at a time.
 
+
 class Rollouts(NamedTuple):
     """R rollouts of one task, or of T tasks with a leading dimension T. H steps each."""
-    observation: torch.Tensor       # (R, H, D) before each step
-    action: torch.Tensor            # (R, H, A) as drawn; the world clips it
-    log_prob: torch.Tensor          # (R, H) of the action, when it was drawn
-    reward: torch.Tensor            # (R, H)
-    mask: torch.Tensor              # (R, H) 1, or 0 after the end of a rollout that has reached its goal
-    advantage: torch.Tensor         # (R, H) see `advantages`
+
+    observation: torch.Tensor  # (R, H, D) before each step
+    action: torch.Tensor  # (R, H, A) as drawn; the world clips it
+    log_prob: torch.Tensor  # (R, H) of the action, when it was drawn
+    reward: torch.Tensor  # (R, H)
+    mask: torch.Tensor  # (R, H) 1, or 0 after the end of a rollout that has reached its goal
+    advantage: torch.Tensor  # (R, H) see `advantages`
 
 
 class Navigation:
@@ -192,7 +103,8 @@ class Navigation:
     Observation: the place. Action: the move, each coordinate clipped to [-0.1, 0.1]. Reward: minus the distance to the goal after
     the move. A rollout ends where both coordinates are within 0.01 of the goal's. All tasks and rollouts move in one tensor.
     """
-    observations, actions, starts = 2, 2, 0             # D, A, random numbers that a rollout begins with
+
+    observations, actions, starts = 2, 2, 0  # D, A, random numbers that a rollout begins with
 
     def __init__(self, args):
         self.device, self.goal, self.place = args.device, None, None
@@ -224,6 +136,7 @@ class Cheetah:
     [-1, 1]. Reward of a step: direction * speed, or -|speed - goal|, less 0.05 |action|^2. No rollout ends early. Processes
     simulate a part of the animals each, in one environment whose state they exchange.
     """
+
     observations, actions, starts = 20, 6, 18
 
     def __init__(self, args):
@@ -231,8 +144,15 @@ class Cheetah:
             import gymnasium  # noqa: F401 (workers import it again)
             import mujoco  # noqa: F401
         except ImportError as error:
-            fail(f"--env {args.env} needs MuJoCo ({error}): pip install 'gymnasium[mujoco]', or choose --env navigation")
-        self.device, self.direction, self.shape, self.workers = args.device, args.env == "cheetah-dir", None, []
+            fail(
+                f"--env {args.env} needs MuJoCo ({error}): pip install 'gymnasium[mujoco]', or choose --env navigation"
+            )
+        self.device, self.direction, self.shape, self.workers = (
+            args.device,
+            args.env == "cheetah-dir",
+            None,
+            [],
+        )
         context = multiprocessing.get_context("spawn")
         for _ in range(args.workers):
             here, there = context.Pipe()
@@ -253,7 +173,9 @@ class Cheetah:
                 pipe.send(piece)
             return [pipe.recv() for pipe, _ in self.workers]
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            fail("a process that simulates half-cheetahs has died: lower --workers, or look whether memory is short")
+            fail(
+                "a process that simulates half-cheetahs has died: lower --workers, or look whether memory is short"
+            )
 
     def reset(self, goals, rollouts, start):
         """Goals (T, 1), random normal numbers start (T, R, 18) -> observations (T, R, 20)."""
@@ -272,7 +194,7 @@ class Cheetah:
 
     def close(self):
         for pipe, process in self.workers:
-            pipe.close()                                # ends its loop
+            pipe.close()  # ends its loop
             process.join(5)
             process.terminate()
 
@@ -280,15 +202,19 @@ class Cheetah:
 def simulate(pipe, direction):
     """A process of `Cheetah`: keeps some animals; answers (start, goal) with observations, (action,) with observations and,
     in a last column, rewards."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent, which then closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
     import gymnasium
     import mujoco
-    mujoco.set_mju_user_warning(lambda text: None)      # or it writes notes on gymnasium's model file to MUJOCO_LOG.TXT
+
+    mujoco.set_mju_user_warning(
+        lambda text: None
+    )  # or it writes notes on gymnasium's model file to MUJOCO_LOG.TXT
     env, animals, goals = gymnasium.make("HalfCheetah-v5", disable_env_checker=True).unwrapped, [], None
     env.reset(seed=0)
 
     def observe():
         return np.concatenate([env._get_obs(), env.data.body("torso").xpos])
+
     try:
         while True:
             message = pipe.recv()
@@ -309,7 +235,9 @@ def simulate(pipe, direction):
                     x = env.data.qpos[0]
                     env.do_simulation(action, env.frame_skip)
                     speed = (env.data.qpos[0] - x) / env.dt
-                    reward = (goal * speed if direction else -abs(speed - goal)) - 0.05 * np.square(action).sum()
+                    reward = (goal * speed if direction else -abs(speed - goal)) - 0.05 * np.square(
+                        action
+                    ).sum()
                     rows.append(np.append(observe(), reward))
             pipe.send(np.array(rows).reshape(len(rows), -1))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
@@ -329,21 +257,28 @@ def goals(world, args, split, first, count):
 
 # --------------------------------------------------------------------------------------------------- policy
 
+
 def linear(params, name, x):
+    """A linear layer: x (..., n_in) -> (..., n_out)."""
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
 def forward(params, x, context=None):
-    """The policy: observations x (..., D), and what is known of the task, context (C,), beside each -> means of actions (..., A)."""
+    """The policy: observations x (..., D), and beside each what is known of the task, context (C,) -> means of actions
+    (..., A)."""
     if context is not None:
-        x = torch.cat([x, context.expand(*x.shape[:-1], -1)], -1)
-    return linear(params, "mean", F.relu(linear(params, "fc2", F.relu(linear(params, "fc1", x)))))
+        beside = context.expand(*x.shape[:-1], -1)
+        x = torch.cat([x, beside], -1)
+    x = F.relu(linear(params, "fc1", x))
+    x = F.relu(linear(params, "fc2", x))
+    return linear(params, "mean", x)
 
 
 def log_probability(mean, log_std, action):
-    """Of actions (..., A), under normal distributions with these means (..., A) and, for all alike, log deviations (A,) -> (...)."""
+    """Log density of actions (..., A) under normals with means (..., A) and, for all alike, log deviations (A,) -> (...)."""
     log_std = log_std.clamp(min=math.log(1e-6))
-    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    z = (action - mean) / log_std.exp()
+    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def group(params, name):
@@ -355,178 +290,260 @@ def group(params, name):
 
 def adapted_keys(args, params):
     """Keys of the parameters that inner steps change."""
-    return [k for k in group(params, "base") if "all" in args.adapt or k.split(".")[0] in args.adapt]
+    base = list(group(params, "base"))
+    if "all" in args.adapt:
+        return base
+    return [k for k in base if k.split(".")[0] in args.adapt]
 
 
 def init_params(args, world):
-    """All parameters, drawn from the seed -> flat dict. The policy's as in CAVIA's code: Xavier's uniform, zero biases, deviation 1;
-    the cells' PyTorch's default."""
-    rng, params = torch.Generator().manual_seed(args.seed), {}
+    """Draw all parameters from the seed -> flat dict.
 
-    def default(name, n_out, n_in, bound=None):
-        bound, flat = (bound, 0) if bound else (1 / math.sqrt(n_in), 1)
-        params[f"{name}.weight"] = (2 * torch.rand(n_out, n_in, generator=rng) - 1) * bound
-        params[f"{name}.bias"] = (2 * torch.rand(n_out, generator=rng) - 1) * bound * flat
+    The policy starts as in CAVIA's code: Xavier's uniform, zero biases, deviation 1; cells start as PyTorch's layers.
+    """
+    rng = torch.Generator().manual_seed(args.seed)
+    params = {}
 
-    n_in = world.observations + (args.context if args.algorithm == "cavia" else 0)
+    def uniform_layer(name, n_out, n_in, bound):
+        weight, bias = torch.rand(n_out, n_in, generator=rng), torch.rand(n_out, generator=rng)
+        params[f"{name}.weight"] = (2 * weight - 1) * bound
+        params[f"{name}.bias"] = (2 * bias - 1) * bound
+
+    def default(name, n_out, n_in):
+        uniform_layer(name, n_out, n_in, 1 / math.sqrt(n_in))
+
+    def xavier(name, n_out, n_in):
+        uniform_layer(name, n_out, n_in, math.sqrt(6 / (n_in + n_out)))
+        params[f"{name}.bias"] *= 0
+
+    n_in = world.observations
+    if args.algorithm == "cavia":
+        n_in += args.context
     for name, n_out in zip(LAYERS, (args.hidden, args.hidden, world.actions)):
-        default(name, n_out, n_in, math.sqrt(6 / (n_in + n_out)))
+        xavier(name, n_out, n_in)
         n_in = n_out
     params["log_std"] = torch.zeros(world.actions)
     if args.algorithm == "modgrad":
-        for k in adapted_keys(args, params):
-            layer, part = k.split(".")
-            for factor, n in zip(("rows", "cols"), params[k].shape) if part == "weight" else (("bias", len(params[k])),):
-                default(f"generator.{layer}.{factor}.1", n, args.context)      # phi: Linear, ReLU, Linear
-                default(f"generator.{layer}.{factor}.2", args.rank + args.rank * n, n)
-                if args.start_at_one:
-                    params[f"generator.{layer}.{factor}.2.bias"][args.rank:] = 1.0
+        for key in adapted_keys(args, params):
+            layer, part = key.split(".")
+            if part == "weight":  # an outer product of two columns
+                rows, cols = params[key].shape
+                init_cell(params, args, default, f"generator.{layer}.rows", rows)
+                init_cell(params, args, default, f"generator.{layer}.cols", cols)
+            else:  # one column
+                init_cell(params, args, default, f"generator.{layer}.bias", len(params[key]))
     return params
 
 
+def init_cell(params, args, default, name, n):
+    """Add a sister network phi that makes a column (n,): Linear, ReLU, Linear, of the released code's sizes."""
+    default(f"{name}.1", n, args.context)
+    default(f"{name}.2", args.rank + args.rank * n, n)
+    if args.start_at_one:
+        params[f"{name}.2.bias"][args.rank :] = 1.0
+
+
 # ----------------------------------------------------------------------------------------------- inner steps
-# Each takes (params, fast, loss, args, noisy): what is adapted so far, the loss on the rollouts so far as a function of it, and
-# `noisy`, which holds a gradient constant if wanted. Each returns what is adapted then. The text is that of modgrad.py.
-
-def maml_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * gradient(theta)                                            (Finn et al., ICML 2017)"""
-    gradient = noisy(torch.func.grad(loss)(fast))
-    return {k: fast[k] - args.alpha * gradient[k] for k in fast}
+# Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
+# that adapt, `loss` is the loss on the rollouts so far as a function of it, and `clip` holds a gradient constant if
+# wanted. Each returns what is adapted then. The text is that of modgrad.py.
 
 
-def cavia_step(params, fast, loss, args, noisy):
-    """v <- v - alpha * gradient(v): only a context moves, an input beside the observation (Zintgraf et al., ICML 2019)"""
-    gradient = noisy(torch.func.grad(loss)(fast))
-    return {"context": fast["context"] - args.alpha * gradient["context"]}
+def maml_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * gradient(theta)                                     (Finn et al., ICML 2017)"""
+    gradient = clip(torch.func.grad(loss)(adapted))
+    return {k: adapted[k] - args.alpha * gradient[k] for k in adapted}
 
 
-def modgrad_step(params, fast, loss, args, noisy):
-    """theta <- theta - alpha * M(v) * gradient(theta)                                     (Eq. 5; Algorithm 1, 9-13)"""
-    gradient = noisy(torch.func.grad(loss)(fast))                                       # 10
+def cavia_step(params, adapted, loss, args, clip):
+    """v <- v - alpha * gradient(v): only a context moves, an input beside the observation (Zintgraf, ICML 2019)"""
+    gradient = clip(torch.func.grad(loss)(adapted))
+    return {"context": adapted["context"] - args.alpha * gradient["context"]}
+
+
+def modgrad_step(params, adapted, loss, args, clip):
+    """theta <- theta - alpha * M(v) * gradient(theta)                              (Eq. 5; Algorithm 1, 9-13)"""
+    gradient = clip(torch.func.grad(loss)(adapted))  # 10
 
     def step(v):
-        M = modulation(params, v, fast)
-        return {k: fast[k] - args.alpha * M[k] * gradient[k] for k in fast}
-    v = next(iter(fast.values())).new_zeros(args.context)                               # 9
-    v = -torch.func.grad(lambda v: loss(step(v)))(v)                                    # 11: Eq. 9
-    return step(v.detach() if args.first_order else v)                                  # 12, 13
+        M = modulation(params, v, adapted)
+        return {k: adapted[k] - args.alpha * M[k] * gradient[k] for k in adapted}
+
+    def loss_after_step(v):
+        return loss(step(v))
+
+    v = next(iter(adapted.values())).new_zeros(args.context)  # 9: v = 0
+    v = -torch.func.grad(loss_after_step)(v)  # 11: Eq. 9
+    if args.first_order:
+        v = v.detach()
+    return step(v)  # 12, 13
 
 
 STEPS = {"modgrad": modgrad_step, "maml": maml_step, "cavia": cavia_step}
 
 
 def cell(params, name, v):
-    """A sister network phi and its mixture: context v -> h a, a column (n,)                (Eq. 6, 7)."""
-    out = linear(params, f"{name}.2", F.relu(linear(params, f"{name}.1", v)))
+    """A sister network phi and its mixture: context v -> h a, a column (n,)         (Eq. 6, 7)."""
+    hidden = F.relu(linear(params, f"{name}.1", v))
+    out = linear(params, f"{name}.2", hidden)  # (u + u*n,)
     n = params[f"{name}.1.weight"].shape[0]
     u = len(out) // (n + 1)
-    return out[u:].view(n, u) @ out[:u].softmax(0)
+    a = out[:u].softmax(0)
+    h = out[u:].view(n, u)
+    return h @ a
 
 
 def modulation(params, v, like):
-    """The generator: context v -> M, a factor for each entry of the parameters `like`  (Eq. 8, then ReLU).
+    """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Kernels' are >= 0. Factors of biases may have any sign: Eq. 8 speaks of the outer product alone. (The released code
-    cuts these off at 0 too.)
+    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    (The released code applies ReLU to them too.)
     """
     M = {}
-    for k, w in like.items():
-        layer, part = k.rsplit(".", 1)
+    for key, w in like.items():
+        layer, part = key.rsplit(".", 1)
         if part == "weight":
-            rows, cols = (cell(params, f"generator.{layer}.{factor}", v) for factor in ("rows", "cols"))
-            M[k] = F.relu(torch.outer(rows, cols)).view(w.shape)
+            rows = cell(params, f"generator.{layer}.rows", v)
+            cols = cell(params, f"generator.{layer}.cols", v)
+            M[key] = F.relu(torch.outer(rows, cols)).view(w.shape)
         else:
-            M[k] = cell(params, f"generator.{layer}.{part}", v)
+            M[key] = cell(params, f"generator.{layer}.{part}", v)
     return M
 
 
 # ------------------------------------------------------------------------------------------------- algorithm
 
+
 def start(params, args):
     """theta^0: what a task begins with, before any inner step."""
     if args.algorithm == "cavia":
         return {"context": params["fc1.weight"].new_zeros(args.context)}
-    return {k: params[k] for k in adapted_keys(args, params)}                           # 6
+    return {k: params[k] for k in adapted_keys(args, params)}  # 6
 
 
-def policy_loss(params, fast, rollouts):
-    """Minus the mean over all steps of ratio * advantage, the ratio that of an action's probability now to when it was drawn.
+def policy_loss(params, adapted, rollouts):
+    """Minus the mean over all steps of ratio * advantage: the ratio of an action's probability now to that when drawn.
 
-    Where nothing has changed yet its gradient is the policy gradient, E[advantage * grad log pi]; elsewhere it is still a fair
-    estimate, which Eq. 9 and TRPO need. (CAVIA's code has log pi in the inner step: the same step, but a second derivative that
-    misses a part of the return's; see Rothfuss et al., ICLR 2019.)
+    Where nothing has changed yet, its gradient is the policy gradient, E[advantage * grad log pi]; elsewhere it is still
+    an unbiased estimate, which Eq. 9 and TRPO need. (CAVIA's code has log pi in the inner step. That is the same step,
+    but a second derivative that misses a part of the return's; see Rothfuss et al., ICLR 2019.)
     """
-    mean = forward(params | fast, rollouts.observation, fast.get("context"))
-    log_std = (params | fast)["log_std"]
-    ratio = (log_probability(mean, log_std, rollouts.action) - rollouts.log_prob).exp()
-    return -(ratio * rollouts.advantage * rollouts.mask).sum() / rollouts.mask.sum()
+    mean = forward(params | adapted, rollouts.observation, adapted.get("context"))
+    log_std = (params | adapted)["log_std"]
+    change = log_probability(mean, log_std, rollouts.action) - rollouts.log_prob
+    gain = change.exp() * rollouts.advantage
+    return -(gain * rollouts.mask).sum() / rollouts.mask.sum()
 
 
-def adapt(params, fast, rollouts, args):
-    """ONE task, one inner step: from what the policy lived through -> what is adapted then. Numbers: lines of Algorithm 1."""
-    def noisy(gradient):
-        return {k: g.detach() for k, g in gradient.items()} if args.first_order else gradient
-    return STEPS[args.algorithm](params, fast, lambda fast: policy_loss(params, fast, rollouts), args, noisy)      # 9-13
+def adapt(params, adapted, rollouts, args):
+    """ONE task, one inner step: what the policy lived through -> what is adapted then. Numbers: lines of Algorithm 1."""
+
+    def loss(adapted):
+        return policy_loss(params, adapted, rollouts)
+
+    def clip(gradient):
+        if args.first_order:
+            gradient = {k: g.detach() for k, g in gradient.items()}
+        return gradient
+
+    return STEPS[args.algorithm](params, adapted, loss, args, clip)  # 9-13
 
 
 def adapted_policy(params, lived, args):
-    """ONE task: the rollouts of each inner step and, last, those after all of them -> the adapted policy where it was then:
-    means (R, H, A), log deviations (A,). As a function of params this is what the outer step differentiates (line 16)."""
-    (*before, after), fast = lived, start(params, args)
-    for rollouts in before:                                                             # 8
-        fast = adapt(params, fast, rollouts, args)
-    return forward(params | fast, after.observation, fast.get("context")), (params | fast)["log_std"]
+    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy where it was then.
+
+    Returns means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
+    (line 16).
+    """
+    *before, after = lived
+    adapted = start(params, args)
+    for rollouts in before:  # 8
+        adapted = adapt(params, adapted, rollouts, args)
+    mean = forward(params | adapted, after.observation, adapted.get("context"))
+    return mean, (params | adapted)["log_std"]
+
+
+def discounted_sum(values, factor):
+    """values (T, R, H) -> at each step, the sum of those from it on, each later one times `factor` once more."""
+    total = torch.zeros_like(values[..., 0])
+    sums = torch.zeros_like(values)
+    for h in reversed(range(values.shape[-1])):
+        total = sums[..., h] = values[..., h] + factor * total
+    return sums
 
 
 def advantages(observation, reward, mask, args):
-    """Generalised advantages (Schulman et al., ICLR 2016) over a linear baseline (Duan et al., ICML 2016), fitted to these very
-    rollouts of each task by least squares; of mean 0 and deviation 1 over a task's steps.
+    """Generalised advantages (Schulman et al., ICLR 2016) over a linear baseline (Duan et al., ICML 2016).
 
-    observation (T, R, H, D), reward (T, R, H), mask (T, R, H) -> (T, R, H).
+    The baseline is fitted to these very rollouts of each task by least squares. The advantages have mean 0 and deviation
+    1 over a task's steps. observation (T, R, H, D), reward (T, R, H), mask (T, R, H) -> (T, R, H).
     """
-    observation, reward, mask = observation.double(), reward.double() * mask, mask.double()
-    H = reward.shape[-1]
-    total, returns = torch.zeros_like(reward[..., 0]), torch.zeros_like(reward)
-    for h in reversed(range(H)):
-        total = returns[..., h] = reward[..., h] + args.gamma * total
-    time_step = (torch.arange(H, device=reward.device, dtype=torch.float64) / 100).expand(reward.shape)[..., None]
-    features = torch.cat([observation, observation ** 2, time_step, time_step ** 2, time_step ** 3, torch.ones_like(time_step)], -1)
-    X, y = (features * mask[..., None]).flatten(1, 2), (returns * mask).flatten(1, 2)[..., None]
-    ridge = 1e-5 * torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
-    values = (X @ torch.linalg.solve(X.mT @ X + ridge, X.mT @ y)).view(reward.shape)   # 0 where the mask is
+    observation, mask = observation.double(), mask.double()
+    reward = reward.double() * mask
+    returns = discounted_sum(reward, args.gamma)
+    values = baseline(observation, returns, mask)
     following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    errors, total, result = reward + args.gamma * following - values, torch.zeros_like(total), torch.zeros_like(reward)
-    for h in reversed(range(H)):
-        total = result[..., h] = errors[..., h] + args.gamma * args.gae_lambda * total
+    errors = reward + args.gamma * following - values
+    result = discounted_sum(errors, args.gamma * args.gae_lambda)
     n = mask.sum((1, 2), keepdim=True)
     mean = (result * mask).sum((1, 2), keepdim=True) / n
-    std = (((result - mean) ** 2 * mask).sum((1, 2), keepdim=True) / n).sqrt()
-    return ((result - mean) / (std + 1e-8) * mask).float()
+    variance = ((result - mean) ** 2 * mask).sum((1, 2), keepdim=True) / n
+    return ((result - mean) / (variance.sqrt() + 1e-8) * mask).float()
+
+
+def baseline(observation, returns, mask):
+    """Fit returns (T, R, H) by a linear function of features of the state, per task -> its values (T, R, H)."""
+    H = returns.shape[-1]
+    steps = torch.arange(H, device=returns.device, dtype=torch.float64) / 100
+    t = steps.expand(returns.shape)[..., None]
+    features = torch.cat([observation, observation**2, t, t**2, t**3, torch.ones_like(t)], -1)
+    X = (features * mask[..., None]).flatten(1, 2)
+    y = (returns * mask).flatten(1, 2)[..., None]
+    ridge = 1e-5 * torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
+    weights = torch.linalg.solve(X.mT @ X + ridge, X.mT @ y)
+    return (X @ weights).view(returns.shape)  # 0 where the mask is
+
+
+def noise(world, args, split, first, count, update):
+    """Normal random numbers of the rollouts of tasks first .. -> for the start (T, R, ...), for actions (T, R, H, A).
+
+    They depend on the number of the task and of the update alone, so a task's rollouts are the same in any batch.
+    """
+    R, H, A = args.rollouts, args.horizon, world.actions
+    seed = args.seed if split == "train" else None
+    name = f"rl {args.env} {split} {seed} rollouts {update}"
+    rows = [uniform(name, first + t, R * (world.starts + H * A)) for t in range(count)]
+    u = torch.from_numpy(np.array(rows)).clamp(min=2.0**-54)
+    normal = torch.special.ndtri(u).float().view(count, R, -1)
+    at_start, of_actions = normal[..., : world.starts], normal[..., world.starts :]
+    return at_start, of_actions.reshape(count, R, H, A).to(args.device)
 
 
 @torch.no_grad()
-def act(params, fast, world, targets, args, split, first, update):
-    """Let the policies of T tasks (fast with a leading dimension T) act in the world, R rollouts each -> Rollouts (T, R, H, ...).
+def act(params, adapted, world, targets, args, split, first, update):
+    """Let the policies of T tasks (adapted with a leading dimension T) act in the world -> Rollouts (T, R, H, ...)."""
+    T, R = len(targets), args.rollouts
+    at_start, of_actions = noise(world, args, split, first, T, update)
 
-    Their random numbers depend on the task's number and the update's alone, so a task's rollouts are the same in any batch.
-    """
-    T, R, H, A = len(targets), args.rollouts, args.horizon, world.actions
-    name = f"rl {args.env} {split} {args.seed if split == 'train' else None} rollouts {update}"
-    u = torch.from_numpy(np.array([uniform(name, first + t, R * (world.starts + H * A)) for t in range(T)]))
-    noise = torch.special.ndtri(u.clamp(min=2.0 ** -54)).float().view(T, R, -1)
-    noise_start, noise = noise[..., :world.starts], noise[..., world.starts:].reshape(T, R, H, A).to(args.device)
-    policy = torch.func.vmap(lambda fast, x: forward(params | fast, x, fast.get("context")))
-    log_std = fast.get("log_std", params["log_std"].expand(T, -1))
-    deviation, columns = log_std.clamp(min=math.log(1e-6)).exp()[:, None], []
-    x, alive = world.reset(targets, R, noise_start), torch.ones(T, R, device=args.device)
-    for h in range(H):
-        mean = policy(fast, x)
-        action = mean + deviation * noise[:, :, h]
+    def policy_of_one(adapted, x):
+        return forward(params | adapted, x, adapted.get("context"))
+
+    policy = torch.func.vmap(policy_of_one)
+    log_std = adapted.get("log_std", params["log_std"].expand(T, -1))
+    deviation = log_std.clamp(min=math.log(1e-6)).exp()[:, None]
+    x = world.reset(targets, R, at_start)
+    alive = torch.ones(T, R, device=args.device)
+    steps = []
+    for h in range(args.horizon):
+        mean = policy(adapted, x)
+        action = mean + deviation * of_actions[:, :, h]
         after, reward, end = world.step(action)
-        columns.append((x, action, log_probability(mean, log_std[:, None], action), reward, alive))
-        x, alive = after, alive * ~end
-    observation, action, log_prob, reward, mask = (torch.stack(column, 2) for column in zip(*columns))
-    return Rollouts(observation, action, log_prob, reward, mask, advantages(observation, reward, mask, args))
+        steps.append((x, action, log_probability(mean, log_std[:, None], action), reward, alive))
+        x = after
+        alive = alive * ~end
+    observation, action, log_prob, reward, mask = (torch.stack(column, 2) for column in zip(*steps))
+    advantage = advantages(observation, reward, mask, args)
+    return Rollouts(observation, action, log_prob, reward, mask, advantage)
 
 
 def returns(rollouts):
@@ -537,285 +554,390 @@ def returns(rollouts):
 def live(params, world, args, split, first, count, updates):
     """Tasks number first .. first + count - 1: act, adapt, act again, ... -> list of Rollouts, updates + 1 of them."""
     targets = goals(world, args, split, first, count)
-    fast = {k: w.expand(count, *w.shape) for k, w in start(params, args).items()}
-    lived = [act(params, fast, world, targets, args, split, first, 0)]
+    adapted = {k: w.expand(count, *w.shape) for k, w in start(params, args).items()}
+    lived = [act(params, adapted, world, targets, args, split, first, 0)]
     halved = argparse.Namespace(**vars(args) | {"alpha": args.alpha / 2})
     for update in range(1, updates + 1):
-        options = halved if split != "train" and update > 1 and args.halve_test_lr else args
+        later_in_test = split != "train" and update > 1
+        options = halved if later_in_test and args.halve_test_lr else args
+
+        def one(adapted, rollouts, options=options):
+            return adapt(params, adapted, rollouts, options)
+
         with torch.no_grad():
-            fast = torch.func.vmap(lambda fast, rollouts, options=options: adapt(params, fast, rollouts, options))(fast, lived[-1])
-        lived.append(act(params, fast, world, targets, args, split, first, update))
+            adapted = torch.func.vmap(one)(adapted, lived[-1])
+        lived.append(act(params, adapted, world, targets, args, split, first, update))
     return lived
 
 
 def over_tasks(function, lived):
-    """A function of what one task has lived through, which gives a tuple of tensors, for each of T tasks: by vmap, which fills a GPU;
-    on a CPU by a loop, whose pieces stay in its cache."""
-    if lived[-1].reward.device.type != "cpu":
+    """Apply a function of what one task has lived through to each of T tasks -> its tuple of tensors, stacked.
+
+    By vmap, which fills a GPU; on a CPU by a loop, whose pieces stay in its cache.
+    """
+    rewards = lived[-1].reward
+    if rewards.device.type != "cpu":
         return torch.func.vmap(function)(lived)
-    rows = [function([Rollouts(*(x[t] for x in rollouts)) for rollouts in lived]) for t in range(len(lived[-1].reward))]
+    rows = []
+    for t in range(len(rewards)):
+        of_one = [Rollouts(*(x[t] for x in rollouts)) for rollouts in lived]
+        rows.append(function(of_one))
     return tuple(torch.stack(column) for column in zip(*rows))
 
 
 def conjugate_gradients(product, b, steps):
     """Solve A x = b for a vector b, A symmetric and positive, given the function x -> A x; at most `steps` steps."""
-    x, r = torch.zeros_like(b), b.clone()
-    p, rr = r.clone(), r @ r
+    x = torch.zeros_like(b)
+    r = b.clone()  # b - A x
+    p = r.clone()  # direction
+    rr = r @ r
     for _ in range(steps):
         if rr < 1e-10:
             break
         Ap = product(p)
         a = rr / (p @ Ap)
-        x, r = x + a * p, r - a * Ap
-        rr, last = r @ r, rr
+        x = x + a * p
+        r = r - a * Ap
+        last, rr = rr, r @ r
         p = r + rr / last * p
     return x
 
 
+class Flat:
+    """Parameters as one vector, and back."""
+
+    def __init__(self, params):
+        self.shapes = {k: w.shape for k, w in params.items()}
+
+    def __call__(self, tensors):
+        return torch.cat([tensors[k].reshape(-1) for k in self.shapes])
+
+    def back(self, vector):
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        pieces = vector.split(sizes)
+        return {k: x.view(shape) for (k, shape), x in zip(self.shapes.items(), pieces)}
+
+
+def step_weights(after):
+    """Weight of each step in a mean over tasks: rollouts (T, R, H) -> (T, R, H), of sum 1."""
+    return after.mask / after.mask.sum((1, 2), keepdim=True) / len(after.mask)
+
+
 @torch.no_grad()
 def trpo_step(params, lived, args):
-    """The outer step: from the rollouts of T tasks -> new params, and what is to be known about it.
+    """The outer step: from the rollouts of T tasks -> new params, its diagnostics, the gradient.
 
-    Maximises the mean surrogate return of the adapted policies under mean KL(old || new) <= --max-kl, both over the rollouts after
-    adaptation: the natural gradient by conjugate gradients, its length by the quadratic model of KL, then a line search.
+    It maximises the mean surrogate return of the adapted policies under mean KL(old || new) <= --max-kl, both over the
+    rollouts after adaptation: the natural gradient by conjugate gradients, its length by the quadratic model of KL, then
+    a line search.
     """
-    names, shapes, every = list(params), [w.shape for w in params.values()], max(1, round(1 / args.fisher_fraction))
+    flat = Flat(params)
+    after = lived[-1]
+    weight = step_weights(after)
 
-    def unflatten(vector):
-        return {k: x.view(shape) for k, shape, x in zip(names, shapes, vector.split([s.numel() for s in shapes]))}
-
-    def flatten(tensors):
-        return torch.cat([tensors[k].reshape(-1) for k in names])
-
-    def policies_of(lived):
-        return lambda params: over_tasks(lambda lived: adapted_policy(params, lived, args), lived)
-
-    def weight_of(after):       # of each step, in a mean over tasks
-        return after.mask / after.mask.sum((1, 2), keepdim=True) / len(after.mask)
-
-    policies, after, weight = policies_of(lived), lived[-1], weight_of(lived[-1])
-    (mean, log_std), pull = torch.func.vjp(policies, params)                            # pull: the Jacobian, transposed
+    def policies(params):
+        return over_tasks(lambda lived: adapted_policy(params, lived, args), lived)
 
     def surrogate(mean, log_std):
-        ratio = (log_probability(mean, log_std[:, None, None], after.action) - after.log_prob).exp()
-        return -(weight * ratio * after.advantage).sum()
+        change = log_probability(mean, log_std[:, None, None], after.action) - after.log_prob
+        return -(weight * change.exp() * after.advantage).sum()
+
+    (mean, log_std), pull = torch.func.vjp(policies, params)  # pull: the Jacobian, transposed
     loss = surrogate(mean, log_std)
-    gradient = flatten(pull(torch.func.grad(surrogate, (0, 1))(mean, log_std))[0])
-
-    # The second derivative of KL is J^T F J, since its first vanishes where nothing has changed; here of a part of the tasks.
-    few = [Rollouts(*(x[::every] for x in rollouts)) for rollouts in lived]
-    few_policies, few_weight = policies_of(few), weight_of(few[-1])[..., None]
-    (_, few_log_std), few_pull = torch.func.vjp(few_policies, params)
-
-    def fisher(vector):
-        push_mean, push_log_std = torch.func.jvp(few_policies, (params,), (unflatten(vector),))[1]                  # J v
-        precision = (-2 * few_log_std)[:, None, None].exp()
-        pulled = few_pull((few_weight * precision * push_mean, 2 * push_log_std / len(few_log_std)))[0]
-        return flatten(pulled) + args.cg_damping * vector
-
-    def kl_from_old(new_mean, new_log_std):
-        new, old = new_log_std[:, None, None], log_std[:, None, None]
-        kl = new - old + ((2 * old).exp() + (mean - new_mean) ** 2) / (2 * (2 * new).exp()) - 0.5
-        return (weight * kl.sum(-1)).sum()
+    gradient = flat(pull(torch.func.grad(surrogate, (0, 1))(mean, log_std))[0])
+    fisher = fisher_product(params, lived, args, flat)
     direction = conjugate_gradients(fisher, gradient, args.cg_steps)
-    length = (2 * args.max_kl / (direction @ fisher(direction)).clamp(min=1e-20)).sqrt()
-    old, fraction, kl = flatten(params), 1.0, torch.zeros(())
+    curvature = (direction @ fisher(direction)).clamp(min=1e-20)
+    length = (2 * args.max_kl / curvature).sqrt()
+    old = flat(params)
+    fraction = 1.0
     for _ in range(args.line_search):
-        candidate = unflatten(old - fraction * length * direction)
+        candidate = flat.back(old - fraction * length * direction)
         at = policies(candidate)
-        new_loss, kl = surrogate(*at), kl_from_old(*at)
+        new_loss = surrogate(*at)
+        kl = mean_kl(weight, (mean, log_std), at)
         if new_loss < loss and kl <= args.max_kl:
-            return candidate, {"loss": loss, "gain": loss - new_loss, "kl": kl, "fraction": fraction}, unflatten(gradient)
+            found = {"loss": loss, "gain": loss - new_loss, "kl": kl, "fraction": fraction}
+            return candidate, found, flat.back(gradient)
         fraction *= 0.8
     zero = torch.zeros(())
-    return params, {"loss": loss, "gain": zero, "kl": zero, "fraction": 0.0}, unflatten(gradient)       # nothing helped
+    return (
+        params,
+        {"loss": loss, "gain": zero, "kl": zero, "fraction": 0.0},
+        flat.back(gradient),
+    )  # nothing helped
 
 
-def draw_picture(args):
-    """Paths of navigation: a row for each of the first test tasks, a column for each run, before (grey) and after one update
-    (coloured), 5 rollouts each, from the middle to the goal, a circle -> PNG."""
-    size, count, shown, ink = 220, 4, 5, ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
-    pen = picture = None
-    for c, folder in enumerate(args.runs):
-        try:
-            checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-            run = argparse.Namespace(**checkpoint["identity"], device="cpu")
-            env, head = run.env, f"{run.method}, iteration {checkpoint['iteration']}"
-        except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-            fail(f"--runs {folder}: has no checkpoint of a run of this script ({type(error).__name__}): name another folder")
-        if env != "navigation":
-            fail(f"--runs {folder}: its paths are not in a plane; name runs of --env navigation")
-        if picture is None:
-            picture = Image.new("RGB", (len(args.runs) * (size + 4), count * (size + 4) + 18), "white")
-            pen = ImageDraw.Draw(picture)
-        world = Navigation(run)
-        targets, lived = goals(world, run, "test", 0, count), live(checkpoint["params"], world, run, "test", 0, count, 1)
-        pen.text((c * (size + 4) + 4, 3), head, "black")
-        for i in range(count):
-            x0, y0 = c * (size + 4) + 2, i * (size + 4) + 16
-
-            def pixel(places, x0=x0, y0=y0):                    # of the square [-1, 1]^2
-                return [(x0 + size * (0.5 + 0.5 * max(-1.0, min(1.0, x))), y0 + size * (0.5 - 0.5 * max(-1.0, min(1.0, y))))
-                        for x, y in places]
-            pen.rectangle([x0, y0, x0 + size, y0 + size], outline=(200, 200, 200))
-            for rollouts, colour in zip(lived, ((190, 190, 190), ink[c % len(ink)])):
-                for r in range(min(shown, run.rollouts)):
-                    alive = rollouts.mask[i, r] > 0
-                    pen.line(pixel(rollouts.observation[i, r][alive].tolist()), colour, 1)
-            (x, y), = pixel([targets[i].tolist()])
-            pen.ellipse([x - 4, y - 4, x + 4, y + 4], outline="black", width=2)
-            values = [f"{returns(rollouts)[i]:.1f}" for rollouts in lived]
-            pen.text((x0 + 4, y0 + 3), " -> ".join(values), "black")
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    atomic_write(args.picture, content.getvalue())
-    print(f"written: {args.picture}")
+def mean_kl(weight, old, new):
+    """Mean KL(old || new) of policies, each (means (T, R, H, A), log deviations (T, A)), over steps of `weight`."""
+    mean, log_std = old
+    new_mean, new_log_std = new
+    s, t = log_std[:, None, None], new_log_std[:, None, None]
+    spread = (2 * s).exp() + (mean - new_mean) ** 2
+    kl = t - s + spread / (2 * (2 * t).exp()) - 0.5
+    return (weight * kl.sum(-1)).sum()
 
 
-# ============================================================================================================
-# From here on the text is that of the other scripts, with returns in place of their accuracies and TRPO in place of Adam.
+def fisher_product(params, lived, args, flat):
+    """The function v -> (J^T F J + damping) v, of a part of the tasks (--fisher-fraction).
+
+    This is the second derivative of KL, because its first derivative vanishes where nothing has changed.
+    """
+    every = max(1, round(1 / args.fisher_fraction))
+    few = [Rollouts(*(x[::every] for x in rollouts)) for rollouts in lived]
+    weight = step_weights(few[-1])[..., None]
+
+    def policies(params):
+        return over_tasks(lambda lived: adapted_policy(params, lived, args), few)
+
+    (_, log_std), pull = torch.func.vjp(policies, params)
+
+    def product(vector):
+        _, (push_mean, push_log_std) = torch.func.jvp(policies, (params,), (flat.back(vector),))  # J v
+        precision = (-2 * log_std)[:, None, None].exp()
+        weighted = weight * precision * push_mean, 2 * push_log_std / len(log_std)
+        return flat(pull(weighted)[0]) + args.cg_damping * vector
+
+    return product
+
+
+# ---------------------------------------------------------------------------------------- training, evaluation
+
 
 def evaluate(params, world, split, count, args):
     """Returns before and after each update of the first `count` tasks -> array (test updates + 1, count)."""
-    rows = []
-    with torch.no_grad(), tqdm(total=count, desc=f"{split} tasks", disable=None, leave=False) as bar:
-        for first in range(0, count, 20):
+    found = []
+    starts = range(0, count, 20)
+    for first in tqdm(starts, desc=f"{split} tasks, 20 at a time", disable=None, leave=False):
+        with torch.no_grad():
             lived = live(params, world, args, split, first, min(20, count - first), args.test_updates)
-            rows.append(torch.stack([returns(rollouts) for rollouts in lived]))
-            bar.update(rows[-1].shape[1])
-    return torch.cat(rows, 1).double().cpu().numpy().round(4)
+        found.append(torch.stack([returns(rollouts) for rollouts in lived]))
+    return torch.cat(found, 1).double().cpu().numpy().round(4)
 
 
 def summary(per_task):
     """Returns of tasks -> {"mean", "ci95"}: half the width of a 95 % interval, 1.96 s / sqrt(n)."""
-    return {"mean": round(float(per_task.mean()), 4), "ci95": round(1.96 * float(per_task.std(ddof=1)) / math.sqrt(len(per_task)), 4)}
+    half_width = 1.96 * float(per_task.std(ddof=1)) / math.sqrt(len(per_task))
+    return {"mean": round(float(per_task.mean()), 4), "ci95": round(half_width, 4)}
 
 
-def identity(args):
-    """What makes two runs the same run: the method, and the arguments that change what is learned."""
-    other = ("iterations", "test_tasks", "val_tasks", "val_every", "device", "workers", "out", "test_updates",
-             "log_every", "save_every", "keep_every", "stop_after", "eval_only", "overwrite", "quick",
-             "picture", "runs", "title", "variant", "halve_test_lr")
-    return {"method": args.method} | {k: v for k, v in vars(args).items() if k not in other}
+def norm(gradient, part):
+    """Euclidean norm of one part of a gradient."""
+    norms = [g.norm() for g in group(gradient, part).values()]
+    return math.hypot(*norms)
 
 
-def load(path, args):
-    """The checkpoint at `path`. That of another run is an error, which names the difference."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        here, there = identity(args), checkpoint["identity"]
-    except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        fail(f"{path} is no checkpoint ({type(error).__name__}): choose another --out, or --overwrite")
-    for key in here | there:
-        if here.get(key) != there.get(key):
-            fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
-    return checkpoint
+def size(params, part):
+    """Number of parameters in one part of them."""
+    return sum(w.numel() for w in group(params, part).values())
 
 
-def train(params, world, args, checkpoint, stop):
-    """Run the iterations that are missing, from the checkpoint on -> params, iterations done, seconds of training."""
-    done, before, window = 0, 0.0, []
-    if checkpoint:
-        done, before, window = (checkpoint[k] for k in ("iteration", "seconds", "window"))
-    if done >= args.iterations or args.eval_only:
-        return params, done, before
-    out, T, first, begun = Path(args.out), args.meta_batch, done, time.perf_counter()
-    deadline, ending = begun + (math.inf if args.stop_after is None else args.stop_after), False
-    log = out / "log.jsonl"     # lines from after the checkpoint, if the run was killed, will come again
-    lines = log.read_text().splitlines() if checkpoint and log.exists() else []
-    lines = [line for line in lines if json.loads(line)["iteration"] <= done]
-    for number in (signal.SIGINT, signal.SIGTERM):      # the first ends the run cleanly, a second one at once
-        signal.signal(number, lambda n, _: (stop.append(f"signal {n}"), signal.signal(n, signal.SIG_DFL)))
-    with tqdm(total=args.iterations, initial=done, desc=args.title, disable=None) as bar:
-        while not ending:
-            lived = live(params, world, args, "train", done * T, T, args.updates)
-            params, step, gradient = trpo_step(params, lived, args)
-            norms = {p: math.hypot(*(g.norm() for g in group(gradient, p).values())) for p in PARTS}
-            window.append([float(returns(rollouts).mean()) for rollouts in lived] + [float(x) for x in step.values()])
-            done += 1
-            bar.update()
-            if done - first == 5:
-                left = (time.perf_counter() - begun) / 5 * (args.iterations - done) / 60
-                bar.write(f"about {left:.0f} min to the end" + "; try --quick?" * (left > 120), sys.stderr)
-            if time.perf_counter() > deadline:
-                stop.append("--stop-after")
-            ending = bool(stop) or done == args.iterations
-            if done % args.log_every == 0 or done == args.iterations:
-                seconds, means = time.perf_counter() - begun, np.mean(window, 0).tolist()
-                if not math.isfinite(sum(means) + sum(norms.values())):
-                    fail(f"not finite near iteration {done}: lower --alpha or --max-kl, in another --out")
-                line = {"iteration": done, "returns": means[:args.updates + 1], **dict(zip(step, means[args.updates + 1:])),
-                        "gradient_norm": norms, "seconds": before + seconds}
-                if args.val_every and done // args.val_every > (done - len(window)) // args.val_every:
-                    line["validation"] = [summary(row) for row in evaluate(params, world, "val", args.val_tasks, args)]
-                    begun = time.perf_counter() - seconds       # seconds count training alone
-                lines.append(json.dumps(line))
-                atomic_write(log, "\n".join(lines) + "\n")
-                window = []
-                bar.set_postfix_str("return " + " -> ".join(f"{x:.1f}" for x in line["returns"]))
-                if bar.disable:                                 # not a terminal: lines instead of a bar
-                    print(f"{args.title} {done}/{args.iterations}", bar.postfix, flush=True)
-            if args.keep_every and done % args.keep_every == 0:
-                atomic_write(out / f"params-{done}.pt", {k: w.cpu() for k, w in params.items()})
-            if done % args.save_every == 0 or ending:
-                atomic_write(out / "checkpoint.pt", {
-                    "identity": identity(args), "iteration": done, "seconds": before + time.perf_counter() - begun,
-                    "window": window, "params": {k: w.cpu().clone() for k, w in params.items()}})
-    return params, done, before + time.perf_counter() - begun
+def train(params, world, args, run):
+    """Make --iterations outer steps on --meta-batch tasks each, from where the run left off -> params."""
+    T = args.meta_batch
+
+    def validate():
+        return [summary(row) for row in evaluate(params, world, "val", args.val_tasks, args)]
+
+    for iteration in run.iterations():
+        lived = live(params, world, args, "train", iteration * T, T, args.updates)
+        params, step, gradient = trpo_step(params, lived, args)
+
+        gained = [returns(rollouts).mean() for rollouts in lived]
+        run.observe([float(x) for x in (*gained, *step.values())])
+        if run.log_now():
+            means = np.mean(run.window, 0).tolist()
+            updates = args.updates + 1
+            shown = " -> ".join(f"{x:.1f}" for x in means[:updates])
+            values = {
+                "returns": means[:updates],
+                **dict(zip(step, means[updates:])),
+                "gradient_norm": {part: norm(gradient, part) for part in PARTS},
+            }
+            run.log(values, {"return": shown}, validate, remedy="--alpha or --max-kl")
+        run.save(params)
+    return params
+
+
+def measure(params, world, tasks, args, run):
+    """Evaluate on the test tasks, whose hash is `tasks`, and write result.json -> its content."""
+    rows = evaluate(params, world, "test", args.test_tasks, args)
+    return run.write_result(
+        {
+            "env": args.env,
+            "synthetic": False,
+            "protocol": PROTOCOL,
+            "tasks_sha256": tasks,
+            "returns": [summary(row) for row in rows],
+            "parameters": {part: size(params, part) for part in PARTS},
+            "per_task": rows.tolist(),
+        }
+    )
+
+
+def stored(run, tasks, args):
+    """The stored result, if it is of these tasks, updates and steps; else None."""
+    result = run.result(tasks_sha256=tasks)
+    if result is None or len(result["returns"]) != args.test_updates + 1:
+        return None
+    halved = result["args"].get("halve_test_lr", False)
+    return result if halved == args.halve_test_lr else None
 
 
 def report(result, args):
-    """Print what was measured, under which protocol, with its interval, beside the paper's number."""
-    paper = "" if args.variant else PAPER[result["method"]].get(args.env, "")
-    print(f"\n{args.title}: {result['test_tasks']} test tasks of {args.rollouts} rollouts, after {result['iterations']} iterations of "
-          f"{result['seconds_per_iteration']} s\n{result['protocol']}")
+    """Print what was measured, under which protocol, with its interval."""
+    training = f"{result['iterations']} iterations of {result['seconds_per_iteration']} s"
+    print(f"\n{args.title}: {args.test_tasks} test tasks of {args.rollouts} rollouts, after {training}")
+    print(result["protocol"])
     for update, row in enumerate(result["returns"]):
-        name = f"after {update} update{'s' * (update > 1)}" if update else "before"
-        print(f"{name:18}{'{mean:.2f} +- {ci95:.2f}'.format(**row):20}" + f"{TABLE}: {paper}" * (update == 1 and bool(paper)))
+        name = "before" if update == 0 else f"after {update} updates"
+        print(f"{name:18}" + "{mean:.2f} +- {ci95:.2f}".format(**row))
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def column(i):
+    """A column of DEFAULTS for a help text."""
+    cells = []
+    for algorithm, row in DEFAULTS.items():
+        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        cells.append(f"{algorithm} {value}")
+    return ", ".join(cells)
+
+
+HORIZON_HELP = f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}"
+ALPHA_HELP = f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)"
+HALVE_HELP = "half the step size from the second update of a test on (C: with MAML; on for MAML, else off)"
+ADAPT_HELP = f"what the step changes, as fc2 mean; or all: {column(1)}"
+CONTEXT_HELP = "length of v (128), of CAVIA's vector (5, C's; 50 for the half-cheetah, ours)"
+ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
+FISHER_HELP = (
+    "of the tasks, on which KL's curvature is computed (C: all; TRPO's paper: 0.1 of the steps). Its bound is kept on "
+    "all of them in any case"
+)
+
+
+def get_args(argv=None):
+    """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, ours unless it says so.")
+    add_algorithm_flags(p)
+    p.add_argument(
+        "--seed", type=int, default=0, help="of initial parameters, training tasks and training rollouts"
+    )
+    p.add_argument(
+        "--test-tasks", type=int, default=100, help="goals, the same for all algorithms and seeds (C: 40)"
+    )
+    p.add_argument("--test-updates", type=int, default=3, help="inner updates at test (P: 3)")
+    p.add_argument("--halve-test-lr", action=argparse.BooleanOptionalAction, help=HALVE_HELP)
+    p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
+    p.add_argument("--val-tasks", type=int, default=40, help="goals")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that simulate half-cheetahs"
+    )
+    add_device_flags(p, threads=False, precision=None)
+    add_run_flags(p, QUICK)
+    p.set_defaults(log_every=1, save_every=10)
+    args, defaults = parse(p, argv, QUICK)
+    args.method = METHODS[args.algorithm]
+    fill(args, defaults, usual(args))
+    check(args)
+    reset_unused(args, defaults, UNUSED[args.algorithm])
+    if args.adapt != defaults["adapt"]:
+        args.method += f" on {'+'.join(args.adapt)}"
+    least = {
+        "fisher_fraction": 1e-6,
+        "rollouts": 1,
+        "horizon": 1,
+        "updates": 1,
+        "test_updates": 1,
+        "cg_steps": 1,
+    }
+    complete(args, defaults, args.env, ("adapt", "env", "seed"), named=("env", "algorithm"), least=least)
+    return args
+
+
+def usual(args):
+    """What is not typed has its default by algorithm and world."""
+    alpha, adapt = DEFAULTS[args.algorithm]
+    context = 5
+    if args.env != "navigation":
+        alpha = CHEETAH_ALPHA.get(args.algorithm, alpha)
+        context = 50
+    return {
+        "alpha": alpha,
+        "halve_test_lr": args.algorithm == "maml",
+        "adapt": adapt,
+        "context": context if args.algorithm == "cavia" else 128,
+        "horizon": HORIZON[args.env],
+    }
+
+
+def add_algorithm_flags(p):
+    """Add the flags that decide what is learned."""
+    p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="the inner step")
+    p.add_argument(
+        "--env", default="navigation", choices=HORIZON, help="what the tasks are (see Navigation, Cheetah)"
+    )
+    p.add_argument(
+        "--rollouts", type=int, default=20, help="R, for an update, and after it (P, C: 20; C at test: 40)"
+    )
+    p.add_argument("--horizon", type=int, help=HORIZON_HELP)
+    p.add_argument("--hidden", type=int, default=100, help="units of each of the two layers (P: 100)")
+    p.add_argument(
+        "--updates", type=int, default=1, help="K, inner updates in training, each with new rollouts (C: 1)"
+    )
+    p.add_argument("--alpha", type=float, help=ALPHA_HELP)
+    p.add_argument("--adapt", nargs="+", metavar="LAYER", help=ADAPT_HELP)
+    p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
+    p.add_argument("--context", type=int, help=CONTEXT_HELP)
+    p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
+    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
+    p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
+    p.add_argument(
+        "--gae-lambda", type=float, default=1.0, help="of the advantages; 1: returns less the baseline (C: 1)"
+    )
+    p.add_argument(
+        "--meta-batch", type=int, default=40, help="T, tasks per iteration (C: 20, MAML's paper too)"
+    )
+    p.add_argument("--iterations", type=int, default=500, help="outer steps (C: 500)")
+    p.add_argument("--max-kl", type=float, default=0.01, help="bound of an outer step (C: 0.01)")
+    p.add_argument("--cg-steps", type=int, default=10, help="of conjugate gradients (C: 10)")
+    p.add_argument("--cg-damping", type=float, default=1e-5, help="added to the Fisher matrix (C: 1e-5)")
+    p.add_argument("--fisher-fraction", type=float, default=0.25, help=FISHER_HELP)
+    p.add_argument(
+        "--line-search", type=int, default=15, help="steps tried, each 0.8 of the one before (C: 15)"
+    )
+
+
+def check(args):
+    """Exit if flags contradict each other."""
+    if args.algorithm == "cavia" and args.adapt:
+        fail("--algorithm cavia adapts its context alone: leave --adapt out")
+    for layer in args.adapt:
+        if layer not in ("all", *LAYERS, "log_std"):
+            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
+    if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
+        typed = " ".join(args.adapt)
+        remedy = f"a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}"
+        fail(f"--algorithm modgrad --adapt {typed}: {remedy}")
+    if args.fisher_fraction > 1:
+        fail(f"--fisher-fraction {args.fisher_fraction}: give a share of the tasks, at most 1")
 
 
 def main():
     args = get_args()
-    if args.picture:
-        draw_picture(args)
-        return
-    out, stop = Path(args.out), []
-    for file in out.glob("*") if args.overwrite else ():
-        if file.name in ("checkpoint.pt", "log.jsonl", "result.json") or file.match("params-*.pt"):
-            file.unlink()
-    checkpoint = load(out / "checkpoint.pt", args) if (out / "checkpoint.pt").exists() else None
-    if args.eval_only and not checkpoint:
-        fail(f"--eval-only, but there is no {out / 'checkpoint.pt'}: train first, or name the run by --out")
+    run = Run(args, estimate_after=5)
     world = make_world(args)
-    params = checkpoint["params"] if checkpoint else init_params(args, world)
-    params = {k: w.to(args.device) for k, w in params.items()}
-    params, done, seconds = train(params, world, args, checkpoint, stop)
-    if stop and done < args.iterations:
-        world.close()
-        print(f"stopped by {stop[0]} at iteration {done} of {args.iterations}; the same command continues")
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):      # training is saved; evaluation may be cut anywhere
-        signal.signal(number, signal.SIG_DFL)
-    file, tasks = out / "result.json", hashlib.sha256(goals(world, args, "test", 0, args.test_tasks).numpy().tobytes()).hexdigest()
-    result = json.loads(file.read_text()) if checkpoint and file.exists() else {}
-    halved = result.get("args", {}).get("halve_test_lr", False)
-    measured = [result.get("iterations"), result.get("tasks_sha256"), len(result.get("returns", ())), halved]
-    if measured != [done, tasks, args.test_updates + 1, args.halve_test_lr]:
-        rows = evaluate(params, world, "test", args.test_tasks, args)
-        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 2>{os.devnull}'
-        result = {
-            "method": args.method, "env": args.env, "synthetic": False, "protocol": PROTOCOL, "test_tasks": args.test_tasks,
-            "tasks_sha256": tasks, "returns": [summary(row) for row in rows], "iterations": done,
-            "seconds_train": round(seconds, 1), "seconds_per_iteration": round(seconds / max(done, 1), 4),
-            "parameters": {part: sum(w.numel() for w in group(params, part).values()) for part in PARTS},
-            "args": {k: v for k, v in vars(args).items() if k != "out"},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "device": device,
-                         "threads": torch.get_num_threads(), "commit": os.popen(git).read().strip()},
-            "per_task": rows.tolist()}
-        atomic_write(file, json.dumps(result))
+    params = run.params(init_params(args, world))
+    params = {k: w.detach() for k, w in params.items()}  # TRPO takes its derivatives by torch.func
+    if run.unfinished:
+        params = train(params, world, args, run)
+    if run.finished():
+        targets = goals(world, args, "test", 0, args.test_tasks)
+        tasks = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+        report(stored(run, tasks, args) or measure(params, world, tasks, args, run), args)
     world.close()
-    report(result, args)
 
 
 if __name__ == "__main__":
