@@ -540,7 +540,7 @@ def get_args(argv=None):
 
 def presets(typed):
     """The synthetic faces are 800 test images."""
-    return {"test_tasks": 800} if typed.synthetic else {}
+    return {"test_tasks": 800} if typed.synthetic and not typed.quick else {}
 
 
 def add_algorithm_flags(p):

@@ -1,4 +1,5 @@
 """Read zips, tars, folders and pickles without unpacking them and without running code from them."""
+
 import hashlib
 import io
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 from fewshot.files import fail, files_under
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-CACHE_FORMAT = 1                                    # raise when the decoded pixels would change
+CACHE_FORMAT = 1  # raise when the decoded pixels would change
 
 
 class Archive:
@@ -27,20 +28,26 @@ class Archive:
         self.remedy = "complete the folder" if self.path.is_dir() else "fetch it again"
         try:
             if self.path.is_dir():
-                self.names = [file.relative_to(self.path.parent).as_posix() for file in files_under(self.path)]
+                self.names = [
+                    file.relative_to(self.path.parent).as_posix() for file in files_under(self.path)
+                ]
             elif zipfile.is_zipfile(self.path):
                 self.zip = zipfile.ZipFile(self.path)
                 self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
             else:
-                self.tar = tarfile.open(self.path)                # noqa: SIM115 (read from later on)
+                self.tar = tarfile.open(self.path)  # noqa: SIM115 (read from later on)
                 self.members = {member.name: member for member in self.tar if member.isfile()}
                 self.names = list(self.members)
         except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
             fail(f"{self.path}: not a complete zip or tar archive ({error}): {self.remedy}")
         for name in self.names:
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-                fail(f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, {self.remedy}")
-        self.rank = {name: i for i, name in enumerate(self.names)}      # a compressed tar is fast only read in its order
+                fail(
+                    f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, {self.remedy}"
+                )
+        self.rank = {
+            name: i for i, name in enumerate(self.names)
+        }  # a compressed tar is fast only read in its order
 
     def read(self, name):
         """The bytes of one file."""
@@ -63,12 +70,18 @@ class Archive:
     def check(self, what, found, wanted):
         """A split is a rule over all classes: of an incomplete archive it would silently be another split."""
         if found != wanted:
-            fail(f"{self.path}: holds {found} of {wanted} {what}, so the split would be another one: {self.remedy}")
+            fail(
+                f"{self.path}: holds {found} of {wanted} {what}, so the split would be another one: {self.remedy}"
+            )
 
     def image_names(self):
         """Names of the images, without the resource forks and thumbnails that operating systems leave in archives."""
-        return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)
-                and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))]
+        return [
+            name
+            for name in self.names
+            if name.lower().endswith(IMAGE_SUFFIXES)
+            and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
+        ]
 
 
 class Pixels:
@@ -102,7 +115,9 @@ class PlainArray:
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, content = state
-        self.array = np.frombuffer(content.encode("latin1") if isinstance(content, str) else content, dtype.code)
+        self.array = np.frombuffer(
+            content.encode("latin1") if isinstance(content, str) else content, dtype.code
+        )
         self.array = self.array.reshape(shape, order="F" if fortran else "C")
 
 
@@ -110,14 +125,17 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads numeric arrays and plain containers only: unpickling a file from the web could otherwise run any code."""
 
     def find_class(self, module, name):
-        module = module.replace("numpy._core", "numpy.core")            # numpy 2 and numpy 1
+        module = module.replace("numpy._core", "numpy.core")  # numpy 2 and numpy 1
         stand_ins = {
-            ("numpy", "ndarray"): None, ("numpy", "dtype"): PlainDtype,
+            ("numpy", "ndarray"): None,
+            ("numpy", "dtype"): PlainDtype,
             ("numpy.core.multiarray", "_reconstruct"): lambda *_: PlainArray(),
             ("numpy.core.multiarray", "scalar"): lambda dtype, content: np.frombuffer(content, dtype.code)[0],
-            ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order:
-                np.frombuffer(content, dtype.code).reshape(shape, order=order),
-            ("_codecs", "encode"): lambda text, _: text.encode("latin1")}       # bytes in protocol 2
+            ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order: np.frombuffer(
+                content, dtype.code
+            ).reshape(shape, order=order),
+            ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+        }  # bytes in protocol 2
         if (module, name) not in stand_ins:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return stand_ins[module, name]
@@ -130,7 +148,9 @@ def read_pickle(path, content):
         found = PlainUnpickler(file, encoding="latin1").load()
         return {key: getattr(value, "array", value) for key, value in found.items()}
     except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
-        fail(f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again")
+        fail(
+            f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again"
+        )
 
 
 def by_folder(archive, names):
@@ -158,11 +178,11 @@ def table_of_contents(path):
     """The central directory of a zip, as bytes: parsing it takes a second where reading it takes none. Empty if there is none, or
     one of the 64-bit kind, of which nothing is claimed."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 2 ** 16 - 22))
+        file.seek(max(0, path.stat().st_size - 2**16 - 22))
         tail = file.read()
-        at = tail.rfind(b"PK\5\6")                          # the record at the end: 12 bytes, size and place of the directory
-        size, place = (int.from_bytes(tail[at + i:at + i + 4], "little") for i in (12, 16))
-        if at < 0 or 2 ** 32 - 1 in (size, place):
+        at = tail.rfind(b"PK\5\6")  # the record at the end: 12 bytes, size and place of the directory
+        size, place = (int.from_bytes(tail[at + i : at + i + 4], "little") for i in (12, 16))
+        if at < 0 or 2**32 - 1 in (size, place):
             return b""
         file.seek(place)
         return file.read(size)

@@ -1,4 +1,5 @@
 """Find the images of a mode, decode them once, and keep them as memory-mapped arrays."""
+
 import io
 import json
 import multiprocessing
@@ -27,8 +28,8 @@ from fewshot.published import (
 from fewshot.scenes import depth_folders, prepare_depth_folders, prepare_scenes
 from fewshot.synthetic import prepare_synthetic
 
-ALIASES = {"cifar": "fc100", "bird": "cub"}         # the names the released KML code uses
-PARALLEL_FROM = 2000                                # images; fewer are decoded before worker processes have started
+ALIASES = {"cifar": "fc100", "bird": "cub"}  # the names the released KML code uses
+PARALLEL_FROM = 2000  # images; fewer are decoded before worker processes have started
 
 
 def canonical_mode(name, root):
@@ -44,13 +45,20 @@ def find_source(mode, root):
     """Where the images of a mode lie -> (importer, [path]) in the order of search, or None."""
     places = [Path(root) / mode, Path(root)]
     both = [(places[0] / split, places[0] / f"{split}.zip") for split in SPLITS]
-    folders = [folder if folder.is_dir() else packed for folder, packed in both if folder.is_dir() or packed.is_file()]
+    folders = [
+        folder if folder.is_dir() else packed
+        for folder, packed in both
+        if folder.is_dir() or packed.is_file()
+    ]
     if folders:
         return import_class_folders, folders
     layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
     for layout in layouts + [MINIIMAGENET_IMAGES] * (mode == "miniimagenet"):
         for place in places:
-            found = [next((place / name for name in names if (place / name).exists()), None) for names in layout.files]
+            found = [
+                next((place / name for name in names if (place / name).exists()), None)
+                for names in layout.files
+            ]
             if all(found):
                 return layout.importer, found
     return None
@@ -63,7 +71,7 @@ def decode(content, size, mode, banner=0):
     """
     try:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else Image.fromarray(content)
-        if image.mode.startswith("I"):              # 16 bits: Pillow's own conversion would clip them, not scale them
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them, not scale them
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("L" if mode == "omniglot" else "RGB")
     except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
@@ -73,7 +81,7 @@ def decode(content, size, mode, banner=0):
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image).reshape(size, size, -1)
-    return 255 - pixels if mode == "omniglot" else pixels       # ink becomes bright, paper becomes zero
+    return 255 - pixels if mode == "omniglot" else pixels  # ink becomes bright, paper becomes zero
 
 
 def decode_one(job):
@@ -88,15 +96,18 @@ def sweep(cache_dir):
                 os.kill(int(path.suffix[1:]), 0)
             except ProcessLookupError:
                 shutil.rmtree(path, ignore_errors=True)
-            except OSError:         # alive, and another user's
+            except OSError:  # alive, and another user's
                 continue
 
 
 def build_cache(mode, size, splits, folder, banner=0):
     """Decode every image once into `folder`: <split>.npy (n, size, size, C) and classes.json, in one rename at the end."""
-    jobs = [(split, row, source, key) for split, classes in splits.items()
-            for row, (source, key) in enumerate(item for images in classes.values() for item in images)]
-    jobs.sort(key=lambda job: (str(job[2].path), job[2].rank.get(job[3], -1)))   # in the archive's order
+    jobs = [
+        (split, row, source, key)
+        for split, classes in splits.items()
+        for row, (source, key) in enumerate(item for images in classes.values() for item in images)
+    ]
+    jobs.sort(key=lambda job: (str(job[2].path), job[2].rank.get(job[3], -1)))  # in the archive's order
     for split, classes in splits.items():
         if not classes:
             fail(f"{mode}/{split}: no images ({', '.join(IMAGE_SUFFIXES)}) in class folders: put them there")
@@ -105,28 +116,33 @@ def build_cache(mode, size, splits, folder, banner=0):
             for name in splits[split]:
                 home = next((s for s in SPLITS if name in MINIIMAGENET[s]), split)
                 if home != split:
-                    fail(f"mini-ImageNet: {name} stands in {split} but is a {home} class of Ravi & Larochelle: "
-                         "this copy has another split; use the published files (python data.py list)")
+                    fail(
+                        f"mini-ImageNet: {name} stands in {split} but is a {home} class of Ravi & Larochelle: "
+                        "this copy has another split; use the published files (python data.py list)"
+                    )
     sweep(folder.parent)
     channels = 1 if mode == "omniglot" else 3
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = None
-    if len(jobs) >= PARALLEL_FROM and workers > 1:          # processes: Pillow decodes WebP on one thread at a time
-        pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    if len(jobs) >= PARALLEL_FROM and workers > 1:  # processes: Pillow decodes WebP on one thread at a time
+        pool = multiprocessing.get_context("spawn").Pool(
+            workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        )
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         files, starts = {}, {}
         for split, classes in splits.items():
-            files[split] = open(temporary / f"{split}.npy", "wb")     # noqa: SIM115 (closed below)
+            files[split] = open(temporary / f"{split}.npy", "wb")  # noqa: SIM115 (closed below)
             count = sum(len(images) for images in classes.values())
-            np.lib.format.write_array_header_1_0(files[split], {
-                "descr": "|u1", "fortran_order": False, "shape": (count, size, size, channels)})
+            np.lib.format.write_array_header_1_0(
+                files[split], {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, channels)}
+            )
             starts[split] = files[split].tell()
         bar = tqdm(total=len(jobs), desc=f"{mode}: decoding to {size} px, once", unit=" images", disable=None)
         with bar:
-            for first in range(0, len(jobs), 4096):         # bounds the memory: file contents wait in chunks
-                chunk = jobs[first:first + 4096]
+            for first in range(0, len(jobs), 4096):  # bounds the memory: file contents wait in chunks
+                chunk = jobs[first : first + 4096]
                 contents = [(source.read(key), size, mode, banner) for _, _, source, key in chunk]
                 results = pool.imap(decode_one, contents, chunksize=64) if pool else map(decode_one, contents)
                 for (split, row, source, key), pixels in zip(chunk, results):
@@ -138,17 +154,22 @@ def build_cache(mode, size, splits, folder, banner=0):
                     bar.update()
         for file in files.values():
             file.close()
-        sizes = {split: [[name, len(images)] for name, images in classes.items()] for split, classes in splits.items()}
+        sizes = {
+            split: [[name, len(images)] for name, images in classes.items()]
+            for split, classes in splits.items()
+        }
         atomic_write(temporary / "classes.json", json.dumps(sizes))
         try:
             os.replace(temporary, folder)
-        except OSError:                     # another process has just built the same one
+        except OSError:  # another process has just built the same one
             if not (folder / "classes.json").exists():
                 raise
     except OSError as error:
         fail(f"cannot write the cache {folder}: {error.strerror}: make room or choose another --cache-dir")
     except KeyboardInterrupt:
-        fail(f"interrupted while building the cache {folder}: nothing is left of it; the same command begins again")
+        fail(
+            f"interrupted while building the cache {folder}: nothing is left of it; the same command begins again"
+        )
     finally:
         if pool:
             pool.terminate()
@@ -159,7 +180,11 @@ def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False):
     """The folder of decoded images of a mode, found or made (see the module's head for the order of search)."""
     mode, cache_dir = canonical_mode(mode, root), Path(cache_dir)
     if mode == "scenes":
-        return prepare_scenes(size, cache_dir) if synthetic else fail("scenes are ray-cast, not photographs: add --synthetic")
+        return (
+            prepare_scenes(size, cache_dir)
+            if synthetic
+            else fail("scenes are ray-cast, not photographs: add --synthetic")
+        )
     if synthetic:
         return prepare_synthetic(mode, size, cache_dir)
     source = find_source(mode, root)
@@ -186,7 +211,11 @@ def fetch(mode, root):
         fail(f"no data set {mode!r}: looked for {own}; known modes: {', '.join(LAYOUTS)}")
     files, terms = DOWNLOADS[mode]
     for file_name, md5, urls in files:
-        if not (Path(root) / mode / file_name).exists() and (problems := download(file_name, md5, urls, Path(root) / mode)):
-            fail(f"{mode} ({terms}) not found: looked for {own} and {file_name} in {root} and {Path(root) / mode}; download failed: "
-                 f"{'; '.join(problems)}. Put the file there by hand, or add --synthetic to go on without it")
+        if not (Path(root) / mode / file_name).exists() and (
+            problems := download(file_name, md5, urls, Path(root) / mode)
+        ):
+            fail(
+                f"{mode} ({terms}) not found: looked for {own} and {file_name} in {root} and {Path(root) / mode}; download failed: "
+                f"{'; '.join(problems)}. Put the file there by hand, or add --synthetic to go on without it"
+            )
     return find_source(mode, root)

@@ -1,4 +1,5 @@
 """Randomness as a function of a name and a counter: nothing to store, nothing to replay."""
+
 import hashlib
 
 import numpy as np
@@ -12,7 +13,7 @@ def uniform(name, block, count):
     """
     key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
     bits = np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0 ** -53
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def distinct(u, counts):
@@ -37,7 +38,7 @@ class Draws:
     def __init__(self, name, rows=1):
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
         bits = np.random.Philox(key=key).random_raw(rows * 160).reshape(rows, 160)
-        self.table = (bits >> np.uint64(11)) * 2.0 ** -53  # in [0, 1)
+        self.table = (bits >> np.uint64(11)) * 2.0**-53  # in [0, 1)
         self.columns = iter(range(160))  # every draw uses up one column
 
     def __call__(self, low, high):

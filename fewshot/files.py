@@ -1,4 +1,5 @@
 """Ending with one clear line, and writing files whole or not at all."""
+
 import contextlib
 import os
 import sys
@@ -11,7 +12,7 @@ from tqdm import tqdm
 def fail(message):
     """Print one line naming the cause and the remedy to stderr and exit with status 2."""
     message = " ".join(f"{Path(sys.argv[0]).name}: error: {message}".split())
-    tqdm.write(message, file=sys.stderr)                # clears progress bars from the line first
+    tqdm.write(message, file=sys.stderr)  # clears progress bars from the line first
     raise SystemExit(2)
 
 
@@ -32,7 +33,7 @@ def atomic_write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # torch.save says RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
         fail(f"cannot write {path} ({error}): make room or choose another place; nothing was changed")

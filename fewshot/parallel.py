@@ -1,4 +1,5 @@
 """Cores, threads and recorded GPU graphs: how tasks of a batch run side by side."""
+
 import concurrent.futures
 import os
 from pathlib import Path
@@ -14,11 +15,11 @@ def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for file in map(Path, quotas):
         try:
-            words = file.read_text().split()                        # "200000 100000": microseconds, of so many
+            words = file.read_text().split()  # "200000 100000": microseconds, of so many
             if len(words) == 1:
                 words += file.with_name("cpu.cfs_period_us").read_text().split()
             quota, period = (int(word) for word in words)
-        except (OSError, ValueError):                               # no such file, or "max": no quota
+        except (OSError, ValueError):  # no such file, or "max": no quota
             continue
         if quota > 0:
             allowed = min(allowed, quota // period)
@@ -32,7 +33,9 @@ def in_threads(function, items, workers):
     in threads wait for each other once per batch: so they do not suffer from another program on one of the cores, and as
     each operation runs in one thread, results have the same bits for any number of workers.
     """
-    with concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         yield from pool.map(function, items)
 
 
@@ -47,13 +50,13 @@ def recorded(function, params):
 
     def run():
         for w in params.values():
-            w.grad = None                           # so that the backward pass sets it, and does not add to it
+            w.grad = None  # so that the backward pass sets it, and does not add to it
         return function(held)
 
     def record(batch):
         nonlocal held, results, gradients
         held = type(batch)(*(x.clone() for x in batch))
-        side = torch.cuda.Stream()                  # PyTorch asks for a few runs on another stream before recording
+        side = torch.cuda.Stream()  # PyTorch asks for a few runs on another stream before recording
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -72,4 +75,5 @@ def recorded(function, params):
         for k, w in params.items():
             w.grad = gradients[k]
         return results
+
     return replay

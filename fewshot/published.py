@@ -1,4 +1,5 @@
 """The published data sets: their splits, how their archives are read, and where they can be downloaded."""
+
 import csv
 import hashlib
 import http.client
@@ -15,20 +16,26 @@ from fewshot.files import fail
 
 SPLITS = ("train", "val", "test")
 # mini-ImageNet: the split of Ravi & Larochelle 2017, WordNet ids without their leading "n".
-MINIIMAGENET = {"train": """
+MINIIMAGENET = {
+    "train": """
 01532829 01558993 01704323 01749939 01770081 01843383 01910747 02074367 02089867 02091831 02101006 02105505 02108089
 02108551 02108915 02111277 02113712 02120079 02165456 02457408 02606052 02687172 02747177 02795169 02823428 02966193
 03017168 03047690 03062245 03207743 03220513 03337140 03347037 03400231 03476684 03527444 03676483 03838899 03854065
 03888605 03908618 03924679 03998194 04067472 04243546 04251144 04258138 04275548 04296562 04389033 04435653 04443257
 04509417 04515003 04596742 04604644 04612504 06794110 07584110 07697537 07747607 09246464 13054560 13133613
-""", "val": """
+""",
+    "val": """
 01855672 02091244 02114548 02138441 02174001 02950826 02971356 02981792 03075370 03417042 03535780 03584254 03770439
 03773504 03980874 09256479
-""", "test": """
+""",
+    "test": """
 01930112 01981276 02099601 02110063 02110341 02116738 02129165 02219486 02443484 02871525 03127925 03146219 03272010
 03544143 03775546 04146614 04149813 04418357 04522168 07613480
-"""}
-MINIIMAGENET = {split: [f"n{number}" for number in numbers.split()] for split, numbers in MINIIMAGENET.items()}
+""",
+}
+MINIIMAGENET = {
+    split: [f"n{number}" for number in numbers.split()] for split, numbers in MINIIMAGENET.items()
+}
 # FC100 (Oreshkin et al. 2018): CIFAR-100 by superclass id, so that a test class has no sibling in training; the rest trains.
 FC100 = {"val": (8, 11, 13, 16), "test": (0, 7, 12, 14)}
 
@@ -61,12 +68,19 @@ def import_omniglot(paths):
         archive = Archive(path)
         for character, images in by_folder(archive, archive.image_names()).items():
             alphabets.setdefault(character.rpartition("/")[0], {})[character] = images
-        archive.check("characters", sum(name.startswith(path.stem) for a in alphabets for name in alphabets[a]),
-                      {"images_background": 964, "images_evaluation": 659}[path.stem])
-    order = list(alphabets)             # background first, each set sorted by name
+        archive.check(
+            "characters",
+            sum(name.startswith(path.stem) for a in alphabets for name in alphabets[a]),
+            {"images_background": 964, "images_evaluation": 659}[path.stem],
+        )
+    order = list(alphabets)  # background first, each set sorted by name
     np.random.RandomState(123).shuffle(order)
     characters = [(name, images) for alphabet in order for name, images in alphabets[alphabet].items()]
-    return {"train": dict(characters[:1028]), "val": dict(characters[1028:1200]), "test": dict(characters[1200:])}
+    return {
+        "train": dict(characters[:1028]),
+        "val": dict(characters[1028:1200]),
+        "test": dict(characters[1200:]),
+    }
 
 
 def import_miniimagenet_pickles(paths):
@@ -77,10 +91,14 @@ def import_miniimagenet_pickles(paths):
             content = read_pickle(path, file)
         try:
             pixels = Pixels(path, content["image_data"])
-            splits[split] = {name: [(pixels, int(i)) for i in getattr(rows, "array", rows)]
-                             for name, rows in sorted(content["class_dict"].items())}
+            splits[split] = {
+                name: [(pixels, int(i)) for i in getattr(rows, "array", rows)]
+                for name, rows in sorted(content["class_dict"].items())
+            }
         except (KeyError, TypeError, ValueError, AttributeError):
-            fail(f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again")
+            fail(
+                f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again"
+            )
     return splits
 
 
@@ -93,11 +111,15 @@ def import_miniimagenet_images(paths):
         with open(table, newline="") as file:
             rows = csv.DictReader(file)
             if rows.fieldnames != ["filename", "label"]:
-                fail(f"{table}: does not begin with the line filename,label: fetch Ravi and Larochelle's table again")
+                fail(
+                    f"{table}: does not begin with the line filename,label: fetch Ravi and Larochelle's table again"
+                )
             for row in sorted(rows, key=lambda row: (row["label"], row["filename"])):
                 if row["filename"] not in by_name:
                     fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: {archive.remedy}")
-                splits.setdefault(split, {}).setdefault(row["label"], []).append((archive, by_name[row["filename"]]))
+                splits.setdefault(split, {}).setdefault(row["label"], []).append(
+                    (archive, by_name[row["filename"]])
+                )
     return splits
 
 
@@ -113,7 +135,10 @@ def import_fc100(paths):
             split = next((s for s in FC100 if coarse in FC100[s]), "train")
             splits[split].setdefault(fine, []).append((pixels, row))
     archive.check("classes", sum(map(len, splits.values())), 100)
-    return {split: {fine_names[fine]: classes[fine] for fine in sorted(classes)} for split, classes in splits.items()}
+    return {
+        split: {fine_names[fine]: classes[fine] for fine in sorted(classes)}
+        for split, classes in splits.items()
+    }
 
 
 def import_cub(paths):
@@ -122,7 +147,10 @@ def import_cub(paths):
     names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
     classes = {folder.rpartition("/")[2]: images for folder, images in by_folder(archive, names).items()}
     archive.check("classes", len(classes), 200)
-    return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
+    return {
+        split: {name: classes[name] for name in members}
+        for split, members in split_by_fraction(classes).items()
+    }
 
 
 def import_aircraft(paths):
@@ -140,7 +168,10 @@ def import_aircraft(paths):
             if variant not in classes:
                 fail(f"{archive.path}: its variants.txt lacks {variant}: {archive.remedy}")
             classes[variant].append((archive, f"{data}/images/{number}.jpg"))
-    return {split: {name: classes[name] for name in members} for split, members in split_by_fraction(classes).items()}
+    return {
+        split: {name: classes[name] for name in members}
+        for split, members in split_by_fraction(classes).items()
+    }
 
 
 def import_celeba(paths):
@@ -157,71 +188,140 @@ def import_celeba(paths):
         splits[SPLITS[int(part)]]["all"].append((archive, by_name[name]))
     listed = sum(len(images["all"]) for images in splits.values())
     if listed != len(by_name):
-        fail(f"{table}: lists {listed} of the {len(by_name)} images of {archive.path}, so the split would be another one: fetch it again")
+        fail(
+            f"{table}: lists {listed} of the {len(by_name)} images of {archive.path}, so the split would be another one: fetch it again"
+        )
     return splits
 
 
 class Layout(NamedTuple):
     """One published form of a data set: the names to find (alternatives in a tuple) and who reads them."""
+
     files: tuple
     importer: callable
 
 
 LAYOUTS = {
-    "omniglot": Layout((("images_background.zip", "images_background"), ("images_evaluation.zip", "images_evaluation")),
-                       import_omniglot),
-    "miniimagenet": Layout((("mini-imagenet-cache-train.pkl",),
-                            ("mini-imagenet-cache-validation.pkl", "mini-imagenet-cache-val.pkl"),
-                            ("mini-imagenet-cache-test.pkl",)), import_miniimagenet_pickles),
+    "omniglot": Layout(
+        (("images_background.zip", "images_background"), ("images_evaluation.zip", "images_evaluation")),
+        import_omniglot,
+    ),
+    "miniimagenet": Layout(
+        (
+            ("mini-imagenet-cache-train.pkl",),
+            ("mini-imagenet-cache-validation.pkl", "mini-imagenet-cache-val.pkl"),
+            ("mini-imagenet-cache-test.pkl",),
+        ),
+        import_miniimagenet_pickles,
+    ),
     "fc100": Layout((("cifar-100-python.tar.gz", "cifar-100-python"),), import_fc100),
     "cub": Layout((("CUB_200_2011.tgz", "CUB_200_2011"),), import_cub),
     "aircraft": Layout((("fgvc-aircraft-2013b.tar.gz", "fgvc-aircraft-2013b"),), import_aircraft),
-    "celeba": Layout((("img_align_celeba.zip", "img_align_celeba"), ("list_eval_partition.txt",)), import_celeba),
+    "celeba": Layout(
+        (("img_align_celeba.zip", "img_align_celeba"), ("list_eval_partition.txt",)), import_celeba
+    ),
 }
-MINIIMAGENET_IMAGES = Layout((("images", "images.zip"), ("train.csv",), ("val.csv",), ("test.csv",)), import_miniimagenet_images)
+MINIIMAGENET_IMAGES = Layout(
+    (("images", "images.zip"), ("train.csv",), ("val.csv",), ("test.csv",)), import_miniimagenet_images
+)
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 MINIIMAGENET_URL = "https://zenodo.org/record/7978538/files/mini-imagenet-cache-"
-DOWNLOADS = {           # mode: [(file name, md5 or None where none is published, addresses to try in turn)], terms of use
-    "omniglot": ([("images_background.zip", "68d2efa1b9178cc56df9314c21c6e718", [OMNIGLOT_URL + "images_background.zip"]),
-                  ("images_evaluation.zip", "6b91aef0f799c5bb55b94e3f2daec811", [OMNIGLOT_URL + "images_evaluation.zip"])],
-                 "MIT licence"),
-    "miniimagenet": ([(f"mini-imagenet-cache-{part}.pkl", None, [f"{MINIIMAGENET_URL}{part}.pkl"])
-                      for part in ("train", "validation", "test")], "ImageNet terms: non-commercial research"),
-    "fc100": ([("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
-                ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"])], "cite Krizhevsky 2009"),
-    "cub": ([("CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
-              ["https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
-               "https://zenodo.org/record/8000562/files/CUB_200_2011.tgz"])], "non-commercial research"),
-    "aircraft": ([("fgvc-aircraft-2013b.tar.gz", "d4acdd33327262359767eeaa97a4f732",
-                   ["https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"])],
-                 "non-commercial research"),
-    "celeba": ([("img_align_celeba.zip", "00d2c5bc6d35e252742224ab0c1e8fcb", []), ("list_eval_partition.txt", None, [])],
-               "non-commercial research, by hand from its site"),
+DOWNLOADS = {  # mode: [(file name, md5 or None where none is published, addresses to try in turn)], terms of use
+    "omniglot": (
+        [
+            (
+                "images_background.zip",
+                "68d2efa1b9178cc56df9314c21c6e718",
+                [OMNIGLOT_URL + "images_background.zip"],
+            ),
+            (
+                "images_evaluation.zip",
+                "6b91aef0f799c5bb55b94e3f2daec811",
+                [OMNIGLOT_URL + "images_evaluation.zip"],
+            ),
+        ],
+        "MIT licence",
+    ),
+    "miniimagenet": (
+        [
+            (f"mini-imagenet-cache-{part}.pkl", None, [f"{MINIIMAGENET_URL}{part}.pkl"])
+            for part in ("train", "validation", "test")
+        ],
+        "ImageNet terms: non-commercial research",
+    ),
+    "fc100": (
+        [
+            (
+                "cifar-100-python.tar.gz",
+                "eb9058c3a382ffc7106e4002c42a8d85",
+                ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"],
+            )
+        ],
+        "cite Krizhevsky 2009",
+    ),
+    "cub": (
+        [
+            (
+                "CUB_200_2011.tgz",
+                "97eceeb196236b17998738112f37df78",
+                [
+                    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+                    "https://zenodo.org/record/8000562/files/CUB_200_2011.tgz",
+                ],
+            )
+        ],
+        "non-commercial research",
+    ),
+    "aircraft": (
+        [
+            (
+                "fgvc-aircraft-2013b.tar.gz",
+                "d4acdd33327262359767eeaa97a4f732",
+                ["https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"],
+            )
+        ],
+        "non-commercial research",
+    ),
+    "celeba": (
+        [
+            ("img_align_celeba.zip", "00d2c5bc6d35e252742224ab0c1e8fcb", []),
+            ("list_eval_partition.txt", None, []),
+        ],
+        "non-commercial research, by hand from its site",
+    ),
 }
 
 
 def download(file_name, md5, urls, folder):
     """Fetch one published archive into `folder` with a progress bar; a cut download is resumed, the md5 checked."""
-    target, part, problems = folder / file_name, folder / f"{file_name}.part", [] if urls else ["its authors give it by hand only"]
+    target, part, problems = (
+        folder / file_name,
+        folder / f"{file_name}.part",
+        [] if urls else ["its authors give it by hand only"],
+    )
     for url in urls:
         try:
             have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"})
+            request = urllib.request.Request(
+                url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"}
+            )
             with urllib.request.urlopen(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0                 # 200: the server sends it all again
+                have = have if reply.status == 206 else 0  # 200: the server sends it all again
                 total = have + int(reply.headers.get("Content-Length", 0))
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(part, "ab" if have else "wb") as file, tqdm(
-                        total=total or None, initial=have, unit="B", unit_scale=True, desc=file_name) as bar:
+                with (
+                    open(part, "ab" if have else "wb") as file,
+                    tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=file_name) as bar,
+                ):
                     while block := reply.read(1 << 20):
                         file.write(block)
                         bar.update(len(block))
             if total and part.stat().st_size < total:
                 raise OSError(f"cut after {part.stat().st_size} of {total} bytes; the same command continues")
             break
-        except (OSError, http.client.HTTPException) as error:           # urllib's own errors are OSErrors
+        except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-                break                       # nothing left to send: the part is whole
+                break  # nothing left to send: the part is whole
             problems.append(f"{url}: {error}")
     else:
         return problems
@@ -232,6 +332,8 @@ def download(file_name, md5, urls, folder):
                 digest.update(block)
         if digest.hexdigest() != md5:
             part.unlink()
-            fail(f"{url}: wrong checksum (md5 {digest.hexdigest()}, published {md5}): deleted; try again or fetch by hand")
+            fail(
+                f"{url}: wrong checksum (md5 {digest.hexdigest()}, published {md5}): deleted; try again or fetch by hand"
+            )
     os.replace(part, target)
     return []

@@ -127,15 +127,15 @@ def add_run_flags(p, quick, keep="iterations between kept parameters"):
 def parse(p, argv, quick, presets=None):
     """Read a command line -> args, and the defaults as a dict.
 
-    quick: what --quick presets. presets: a function of the flags as typed, for what other flags preset -> dict.
+    quick: what --quick presets. presets: a function of the flags as typed, for what flags together preset -> dict.
     A flag that is typed wins over a preset.
     """
     defaults = vars(p.parse_args([]))
     typed = p.parse_known_args(argv)[0]
-    if presets:
-        p.set_defaults(**presets(typed))
     if typed.quick:
         p.set_defaults(**quick)
+    if presets:
+        p.set_defaults(**presets(typed))
     return p.parse_args(argv), defaults
 
 

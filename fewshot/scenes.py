@@ -8,6 +8,7 @@ z its long one, the floor at y = 0; the vanishing point is where lines along its
 room: its proportions, furniture, windows. A *domain* is a place with textures, colours, light, a camera and noise of its own.
 Labels are scaled to [0, 1]: depth / 10 m, (normal + 1) / 2, the vanishing point as a share of the image's width and height.
 """
+
 import io
 import json
 from pathlib import Path
@@ -22,12 +23,12 @@ from fewshot.draws import Draws, uniform
 from fewshot.files import atomic_write, fail
 from fewshot.published import SPLITS
 
-SCENES_FORMAT = "7d7fcf89da98"                      # change when a drawn pixel would change: caches are named by it
+SCENES_FORMAT = "7d7fcf89da98"  # change when a drawn pixel would change: caches are named by it
 SCENE_CLASSES = {"train": 32, "val": 16, "test": 16}
 SCENE_DOMAINS = {"train": 20, "val": 5, "test": 10}
-SCENE_IMAGES = 128                                  # a domain, its split's classes in turn
-DEPTH_LIMIT = 10.0                                  # what lies beyond is not known
-BOXES, BALLS = 4, 2                                 # most of them in a room
+SCENE_IMAGES = 128  # a domain, its split's classes in turn
+DEPTH_LIMIT = 10.0  # what lies beyond is not known
+BOXES, BALLS = 4, 2  # most of them in a room
 FLOOR, CEILING, SIDE, BACK, THINGS = 0, 1, 2, 3, 4  # surfaces; things from 4 on, the panels after them
 
 
@@ -37,13 +38,34 @@ def scene_class(name):
 
     def one(low, high):
         return c(low, high).item()
+
     room = np.array([one(2.4, 6), one(2.4, 3.8), one(4.5, 8)])
-    boxes = np.array([[one(0, 1) < 0.8, one(-1, 1), one(0.35, 0.95), one(0.4, 1.5), one(0.3, 2.0), one(0.4, 1.0), one(0, 1) < 0.2]
-                      for _ in range(BOXES)])       # there at all, x, z, width, height, depth, hangs from the ceiling
-    balls = np.array([[one(0, 1) < 0.6, one(-1, 1), one(0.35, 0.8), one(0.2, 0.5), one(0, 1.2) * (one(0, 1) < 0.4)]
-                      for _ in range(BALLS)])       # there at all, x, z, radius, height above the floor
-    windows = np.array([int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7), int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7)])
-    door = np.array([one(0, 1) < 0.7, one(-0.7, 0.7), one(0.4, 0.9), one(1.2, 2.1)])        # there, x, width, height
+    boxes = np.array(
+        [
+            [
+                one(0, 1) < 0.8,
+                one(-1, 1),
+                one(0.35, 0.95),
+                one(0.4, 1.5),
+                one(0.3, 2.0),
+                one(0.4, 1.0),
+                one(0, 1) < 0.2,
+            ]
+            for _ in range(BOXES)
+        ]
+    )  # there at all, x, z, width, height, depth, hangs from the ceiling
+    balls = np.array(
+        [
+            [one(0, 1) < 0.6, one(-1, 1), one(0.35, 0.8), one(0.2, 0.5), one(0, 1.2) * (one(0, 1) < 0.4)]
+            for _ in range(BALLS)
+        ]
+    )  # there at all, x, z, radius, height above the floor
+    windows = np.array(
+        [int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7), int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7)]
+    )
+    door = np.array(
+        [one(0, 1) < 0.7, one(-0.7, 0.7), one(0.4, 0.9), one(1.2, 2.1)]
+    )  # there, x, width, height
     return {"room": room, "boxes": boxes, "balls": balls, "windows": windows, "door": door}
 
 
@@ -56,15 +78,32 @@ def scene_domain(name):
 
     def colour(saturation, value):
         return g.colour(saturation, value)[:, 0, 0, 0]
-    colours = [colour((0.1, 0.7), (0.25, 0.8)), colour((0, 0.3), (0.6, 1)), *(colour((0, 0.6), (0.4, 1)) for _ in range(2))]
+
+    colours = [
+        colour((0.1, 0.7), (0.25, 0.8)),
+        colour((0, 0.3), (0.6, 1)),
+        *(colour((0, 0.6), (0.4, 1)) for _ in range(2)),
+    ]
     colours += [colour((0.3, 1), (0.2, 1)) for _ in range(BOXES + BALLS)] + [colour((0, 0.8), (0.1, 1))]
     textures = ["plain", "stripes", "checks", "tiles", "clouds"]
-    return {"colours": np.array(colours), "patterns": [g.choice(textures) for _ in range(5)],
-            "frequency": [one(0.7, 3) for _ in range(5)], "strength": [one(0.2, 0.6) for _ in range(5)],
-            "ambient": one(0.25, 0.6), "lamp": np.array([one(-0.3, 0.3), one(0.6, 0.95), one(0.1, 0.7)]), "reach": one(3, 12),
-            "tint": 1 - 0.25 * np.array([one(0, 1), one(0, 0.5), one(0, 1)]), "exposure": one(0.8, 1.3), "haze": one(0, 0.08),
-            "grey": one(0.4, 0.9), "dark_corners": one(0, 0.6), "noise": one(0, 0.05), "focal": one(0.7, 1.1),
-            "height": one(1.1, 1.8), "pitch": one(-0.03, 0.14)}
+    return {
+        "colours": np.array(colours),
+        "patterns": [g.choice(textures) for _ in range(5)],
+        "frequency": [one(0.7, 3) for _ in range(5)],
+        "strength": [one(0.2, 0.6) for _ in range(5)],
+        "ambient": one(0.25, 0.6),
+        "lamp": np.array([one(-0.3, 0.3), one(0.6, 0.95), one(0.1, 0.7)]),
+        "reach": one(3, 12),
+        "tint": 1 - 0.25 * np.array([one(0, 1), one(0, 0.5), one(0, 1)]),
+        "exposure": one(0.8, 1.3),
+        "haze": one(0, 0.08),
+        "grey": one(0.4, 0.9),
+        "dark_corners": one(0, 0.6),
+        "noise": one(0, 0.05),
+        "focal": one(0.7, 1.1),
+        "height": one(1.1, 1.8),
+        "pitch": one(-0.03, 0.14),
+    }
 
 
 def cast(origin, rays, room, boxes, balls):
@@ -115,7 +154,9 @@ def pattern(kind, u, v):
         return ((np.floor(u) + np.floor(v)) % 2).astype(u.dtype)
     if kind == "tiles":
         return ((np.minimum(u % 1, v % 1)) < 0.12).astype(u.dtype)
-    return (0.5 + 0.5 * np.sin(1.9 * u + 2 * np.sin(0.8 * v))) * (0.5 + 0.5 * np.sin(2.3 * v + 2 * np.sin(0.7 * u)))
+    return (0.5 + 0.5 * np.sin(1.9 * u + 2 * np.sin(0.8 * v))) * (
+        0.5 + 0.5 * np.sin(2.3 * v + 2 * np.sin(0.7 * u))
+    )
 
 
 def turn(angle, i, j):
@@ -151,9 +192,12 @@ def draw_scenes(split, domain, first, count, size):
     def each(low, high, *shape):
         made = np.stack([u(low, high)[rows, 0, 0] for _ in range(int(np.prod(shape)))], -1)
         return made.reshape(count, *shape) if shape else made[:, 0]
+
     # the room with its furniture
     width, height, length = (of["room"] * each(0.93, 1.07, 3)).T
-    room = np.stack([np.stack([-width / 2, -height, 0 * length], -1), np.stack([width / 2, 0 * height, length], -1)], 1)
+    room = np.stack(
+        [np.stack([-width / 2, -height, 0 * length], -1), np.stack([width / 2, 0 * height, length], -1)], 1
+    )
     there, x, z, w, h, d, hangs = np.moveaxis(of["boxes"], -1, 0)
     w, h, d = np.stack([w, h, d]) * np.moveaxis(each(0.85, 1.15, BOXES, 3), -1, 0)
     h = np.minimum(h, 0.9 * height[:, None])
@@ -165,34 +209,60 @@ def draw_scenes(split, domain, first, count, size):
     there, x, z, radius, lift = np.moveaxis(of["balls"], -1, 0)
     radius = there * radius * each(0.85, 1.15, BALLS)
     x = np.clip(x + each(-0.12, 0.12, BALLS), -1, 1) * (width[:, None] / 2 - radius)
-    balls = np.stack([x, -radius - lift, np.clip(z + each(-0.05, 0.05, BALLS), 0.35, 1) * length[:, None], radius], -1)
+    balls = np.stack(
+        [x, -radius - lift, np.clip(z + each(-0.05, 0.05, BALLS), 0.35, 1) * length[:, None], radius], -1
+    )
     # the camera
     focal = g["focal"] * each(0.97, 1.03)
-    R = turn(each(-0.26, 0.26), 2, 0) @ turn(-g["pitch"] + each(-0.06, 0.06), 1, 2) @ turn(each(-0.05, 0.05), 0, 1)
+    R = (
+        turn(each(-0.26, 0.26), 2, 0)
+        @ turn(-g["pitch"] + each(-0.06, 0.06), 1, 2)
+        @ turn(each(-0.05, 0.05), 0, 1)
+    )
     origin = np.stack([each(-0.2, 0.2) * width, -(g["height"] + each(-0.1, 0.1)), each(0.25, 0.7)], -1)
-    forward = R[:, 2]                                       # the room's z axis, as the camera sees it
+    forward = R[:, 2]  # the room's z axis, as the camera sees it
     vanishing = 0.5 + focal[:, None] * forward[:, :2] / forward[:, 2:]
     rays = camera_rays(focal, size) @ R.transpose(0, 2, 1)
     depth, normal, _ = cast(origin, rays, room, boxes, balls)
-    normals = (normal @ R).reshape(count, size, size, 3)    # R's transpose turns the room's axes into the camera's
+    normals = (normal @ R).reshape(
+        count, size, size, 3
+    )  # R's transpose turns the room's axes into the camera's
     # what it looks like
     rays = (camera_rays(focal, 2 * size) @ R.transpose(0, 2, 1)).astype(np.float32)
-    t, normal, surface = cast(origin.astype(np.float32), rays, *(x.astype(np.float32) for x in (room, boxes, balls)))
+    t, normal, surface = cast(
+        origin.astype(np.float32), rays, *(x.astype(np.float32) for x in (room, boxes, balls))
+    )
     p = origin[:, None].astype(np.float32) + t[..., None] * rays
     facing = np.abs(normal).argmax(-1)
     v, h = np.where(facing == 1, p[..., 2], p[..., 1]), np.where(facing == 0, p[..., 2], p[..., 0])
     L, H, half = (x[:, None] for x in (length, height, width / 2))
-    number, pane = (np.where(p[..., 0] < 0, of["windows"][:, None, i], of["windows"][:, None, i + 2]) for i in (0, 1))
-    window = (surface == SIDE) & (np.abs((p[..., 2] / L * number) % 1 - 0.5) < pane / 2) & (np.abs(p[..., 1] / H + 0.55) < 0.2)
+    number, pane = (
+        np.where(p[..., 0] < 0, of["windows"][:, None, i], of["windows"][:, None, i + 2]) for i in (0, 1)
+    )
+    window = (
+        (surface == SIDE)
+        & (np.abs((p[..., 2] / L * number) % 1 - 0.5) < pane / 2)
+        & (np.abs(p[..., 1] / H + 0.55) < 0.2)
+    )
     exists, at, broad, tall = (of["door"][:, None, i] for i in range(4))
-    door = (surface == BACK) & (exists > 0) & (np.abs(p[..., 0] - at * (half - broad / 2)) < broad / 2) & (p[..., 1] > -tall)
+    door = (
+        (surface == BACK)
+        & (exists > 0)
+        & (np.abs(p[..., 0] - at * (half - broad / 2)) < broad / 2)
+        & (p[..., 1] > -tall)
+    )
     shade = np.zeros_like(t)
     for i, (kind, frequency, strength) in enumerate(zip(g["patterns"], g["frequency"], g["strength"])):
         mine = np.minimum(surface, THINGS) == i
         shade = np.where(mine, strength * pattern(kind, frequency * h, frequency * v), shade)
     panel = window | door
-    colour = g["colours"][np.where(panel, len(g["colours"]) - 1, surface)] * (1 - np.where(panel, 0, shade))[..., None]
-    lamp = (g["lamp"] + np.stack([each(-0.1, 0.1), 0 * width, each(-0.1, 0.1)], -1)) * np.stack([width, -height, length], -1)
+    colour = (
+        g["colours"][np.where(panel, len(g["colours"]) - 1, surface)]
+        * (1 - np.where(panel, 0, shade))[..., None]
+    )
+    lamp = (g["lamp"] + np.stack([each(-0.1, 0.1), 0 * width, each(-0.1, 0.1)], -1)) * np.stack(
+        [width, -height, length], -1
+    )
     towards = lamp[:, None] - p
     distance = np.sqrt((towards * towards).sum(-1))
     lambert = np.maximum((towards * normal).sum(-1) / distance, 0) / (1 + (distance / g["reach"]) ** 2)
@@ -200,10 +270,12 @@ def draw_scenes(split, domain, first, count, size):
     clear = np.exp(-g["haze"] * t)[..., None]
     colour = colour * clear + g["grey"] * (1 - clear)
     centre = camera_rays(np.ones(1), 2 * size)[0, :, :2]
-    colour *= (g["exposure"] * each(0.85, 1.15)[:, None] * (1 - g["dark_corners"] * (centre * centre).sum(-1)))[..., None]
+    colour *= (
+        g["exposure"] * each(0.85, 1.15)[:, None] * (1 - g["dark_corners"] * (centre * centre).sum(-1))
+    )[..., None]
     colour = colour.reshape(count, size, 2, size, 2, 3).mean((2, 4))
     noise = np.stack([uniform(f"{name}-noise-{size}", first + i, size * size * 3) for i in range(count)])
-    colour += g["noise"] * 3 ** 0.5 * (2 * noise - 1).reshape(colour.shape)
+    colour += g["noise"] * 3**0.5 * (2 * noise - 1).reshape(colour.shape)
     images = np.rint(255 * np.clip(colour, 0, 1)).astype(np.uint8)
     return images, depth.reshape(count, size, size), normals, vanishing, classes
 
@@ -226,7 +298,9 @@ def normals_from_depth(depth, focal):
         normals[1:-1, 1:-1] = cross / np.linalg.norm(cross, axis=-1, keepdims=True)
         middle = near[1:-1, 1:-1]
         bend = [near[1:-1, 2:] + near[1:-1, :-2] - 2 * middle, near[2:, 1:-1] + near[:-2, 1:-1] - 2 * middle]
-        known[1:-1, 1:-1] = np.abs(bend).max(0) < 0.02 * middle            # false where something is infinite or not a number
+        known[1:-1, 1:-1] = (
+            np.abs(bend).max(0) < 0.02 * middle
+        )  # false where something is infinite or not a number
     known &= np.isfinite(normals).all(-1)
     return np.where(known[..., None], normals, 0), known
 
@@ -244,9 +318,15 @@ def unpack(packed):
 
 def store_scenes(folder, split, images, depth, normals, known, domains, vanishing=None):
     """Write a split to the cache: <split>.npy for Episodes, and the labels of the other tasks beside it."""
-    arrays = {"": images, "-depth": pack(depth / DEPTH_LIMIT, (depth > 0) & (depth <= DEPTH_LIMIT)),
-              "-normals": pack((normals + 1) / 2, known[..., None]), "-domains": domains}
-    for ending, array in (arrays | ({} if vanishing is None else {"-vanishing": vanishing.astype(np.float32)})).items():
+    arrays = {
+        "": images,
+        "-depth": pack(depth / DEPTH_LIMIT, (depth > 0) & (depth <= DEPTH_LIMIT)),
+        "-normals": pack((normals + 1) / 2, known[..., None]),
+        "-domains": domains,
+    }
+    for ending, array in (
+        arrays | ({} if vanishing is None else {"-vanishing": vanishing.astype(np.float32)})
+    ).items():
         content = io.BytesIO()
         np.save(content, array)
         atomic_write(folder / f"{split}{ending}.npy", content.getvalue())
@@ -258,8 +338,13 @@ def prepare_scenes(size, cache_dir):
     if (folder / "classes.json").exists():
         return folder
     classes = {}
-    with tqdm(total=SCENE_IMAGES * sum(SCENE_DOMAINS.values()), desc=f"scenes: ray-casting SYNTHETIC images of {size} px, once",
-              unit=" images", disable=None, leave=False) as bar:
+    with tqdm(
+        total=SCENE_IMAGES * sum(SCENE_DOMAINS.values()),
+        desc=f"scenes: ray-casting SYNTHETIC images of {size} px, once",
+        unit=" images",
+        disable=None,
+        leave=False,
+    ) as bar:
         for split in SPLITS:
             parts = []
             for domain in range(SCENE_DOMAINS[split]):
@@ -269,11 +354,15 @@ def prepare_scenes(size, cache_dir):
                     parts.append((images, depth, normals, vanishing, kinds, np.full(step, domain)))
                     bar.update(step)
             images, depth, normals, vanishing, kinds, domains = (np.concatenate(part) for part in zip(*parts))
-            order = np.argsort(kinds, kind="stable")            # by class, as Episodes wants it
-            images, depth, normals, vanishing, domains = (x[order] for x in (images, depth, normals, vanishing, domains))
+            order = np.argsort(kinds, kind="stable")  # by class, as Episodes wants it
+            images, depth, normals, vanishing, domains = (
+                x[order] for x in (images, depth, normals, vanishing, domains)
+            )
             store_scenes(folder, split, images, depth, normals, np.ones_like(depth, bool), domains, vanishing)
-            classes[split] = [[f"scenes-{split}-class-{c:02d}", int(n)] for c, n in enumerate(np.bincount(kinds))]
-    atomic_write(folder / "classes.json", json.dumps(classes))          # last: its presence says that all is there
+            classes[split] = [
+                [f"scenes-{split}-class-{c:02d}", int(n)] for c, n in enumerate(np.bincount(kinds))
+            ]
+    atomic_write(folder / "classes.json", json.dumps(classes))  # last: its presence says that all is there
     return folder
 
 
@@ -290,11 +379,15 @@ def depth_folders(paths):
                 pairs = [(name, f"{name.rpartition('.')[0]}.png") for name in photographs]
                 for name, depth in pairs:
                     if depth not in by_name:
-                        fail(f"{archive.path}: {name} has no depth image {depth} (16 bits, millimetres): put it there, or remove "
-                             "the photograph")
+                        fail(
+                            f"{archive.path}: {name} has no depth image {depth} (16 bits, millimetres): put it there, or remove "
+                            "the photograph"
+                        )
                 found.setdefault(path.stem, (archive, {}))[1][domain] = pairs
             elif domains:
-                fail(f"{archive.path}: {domain} has no focal.txt (the focal length in pixels), as other folders have: put it there")
+                fail(
+                    f"{archive.path}: {domain} has no focal.txt (the focal length in pixels), as other folders have: put it there"
+                )
     return found or None
 
 
@@ -312,15 +405,23 @@ def prepare_depth_folders(mode, size, paths, found, cache_dir):
             except ValueError:
                 focal = 0
             if not focal > 0:
-                fail(f"{archive.path}: {domain}/focal.txt holds {text[:40]!r}: write the focal length in pixels")
+                fail(
+                    f"{archive.path}: {domain}/focal.txt holds {text[:40]!r}: write the focal length in pixels"
+                )
             for name, beside in tqdm(pairs, desc=f"{mode}: {domain}, once", disable=None, leave=False):
                 try:
                     image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-                    depth = Image.fromarray(np.asarray(Image.open(io.BytesIO(archive.read(beside)))).astype(np.int32))
+                    depth = Image.fromarray(
+                        np.asarray(Image.open(io.BytesIO(archive.read(beside)))).astype(np.int32)
+                    )
                 except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
-                    fail(f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it")
+                    fail(
+                        f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it"
+                    )
                 if image.size != depth.size:
-                    fail(f"{archive.path}: {name} has {image.size} pixels, {beside} {depth.size}: they must be the same view")
+                    fail(
+                        f"{archive.path}: {name} has {image.size} pixels, {beside} {depth.size}: they must be the same view"
+                    )
                 side = min(image.size)
                 left, upper = (image.width - side) // 2, (image.height - side) // 2
                 box = left, upper, left + side, upper + side

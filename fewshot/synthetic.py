@@ -1,4 +1,5 @@
 """Procedural stand-ins for the published data sets: drawn, not downloaded."""
+
 import io
 import json
 from itertools import pairwise
@@ -15,7 +16,7 @@ from fewshot.published import SPLITS
 # light and surroundings. Validation and test classes are other points of the same space. A scene fills the
 # square from (-1, -1) to (1, 1), x to the right and y downwards; lengths are in these units, angles in
 # radians, colours in [0, 1]. Nothing depends on the number of pixels before the shapes are painted.
-SYNTHETIC_FORMAT = 1                                # raise when a drawn pixel would change: caches are named by it
+SYNTHETIC_FORMAT = 1  # raise when a drawn pixel would change: caches are named by it
 SYNTHETIC_CLASSES = {"train": 64, "val": 16, "test": 20}
 SYNTHETIC_IMAGES = 40  # images per class
 
@@ -67,8 +68,9 @@ class Scene:
 
     def clouds(self, u, frequency):
         """A soft pattern in [0, 1] with up to this frequency, different in every image."""
-        return (self.stripes(u(0.2, frequency), u(0, np.pi), u(0, 1))
-                * self.stripes(u(0.2, frequency), u(0, np.pi), u(0, 1)))
+        return self.stripes(u(0.2, frequency), u(0, np.pi), u(0, 1)) * self.stripes(
+            u(0.2, frequency), u(0, np.pi), u(0, 1)
+        )
 
     def paint(self, distance, colour):
         """Fill a shape with a colour; at its outline the colour covers half of what was there."""
@@ -83,7 +85,7 @@ def draw_character(scene, c, u):
     pen, limbs = u(0.04, 0.08), []
     for stroke in strokes:
         start, turn, end = [np.stack([x + u(-0.1, 0.1), y + u(-0.1, 0.1)]) for x, y in stroke]
-        curve = [(1 - t) ** 2 * start + 2 * t * (1 - t) * turn + t ** 2 * end for t in np.linspace(0, 1, 7)]
+        curve = [(1 - t) ** 2 * start + 2 * t * (1 - t) * turn + t**2 * end for t in np.linspace(0, 1, 7)]
         limbs += [(*a, *b, pen, pen) for a, b in pairwise(curve)]
     scene.paint(scene.limbs(*limbs), 1)
 
@@ -96,7 +98,7 @@ def draw_object(scene, c, u):
     scene.pose(u, scale=(0.55, 1), turn=0.7, shift=0.3, squeeze=(0.8, 1.25), flip=False)
     many, angle, phase = c(1, 3.5), c(0, np.pi), u(0, 1)
     along, across = scene.stripes(many, angle, phase), scene.stripes(many, angle + np.pi / 2, phase)
-    rings = 0.5 + 0.5 * np.cos(2 * np.pi * many * np.sqrt(scene.x ** 2 + scene.y ** 2))
+    rings = 0.5 + 0.5 * np.cos(2 * np.pi * many * np.sqrt(scene.x**2 + scene.y**2))
     texture = c.choice([along, along * across, np.abs(along - across), rings, 0 * rings])
     one, two, three = (c.colour((0.2, 1), (0.3, 1)) + u.colour((0, 1), (-0.25, 0.25)) for _ in range(3))
     lobes, depth = c.choice([0, 2, 3, 4, 5, 6, 8]), c(0.15, 0.4)
@@ -116,8 +118,11 @@ def draw_toy(scene, c, u):
         x, y = c(-0.5, 0.5) + u(-0.08, 0.08), c(-0.5, 0.5) + u(-0.08, 0.08)
         long, short, angle = c(0.25, 0.5), c(0.1, 0.2), c(0, np.pi)
         dx, dy = long * np.cos(angle), long * np.sin(angle)
-        shapes = [scene.blob(x, y, long, long), scene.blob(x, y, long, long, angle, 4, short),
-                  scene.limbs((x - dx, y - dy, x + dx, y + dy, short, short))]
+        shapes = [
+            scene.blob(x, y, long, long),
+            scene.blob(x, y, long, long, angle, 4, short),
+            scene.limbs((x - dx, y - dy, x + dx, y + dy, short, short)),
+        ]
         scene.paint(c.choice(shapes), c.colour((0, 1), (0.1, 1)) + u.colour((0, 1), (-0.2, 0.2)))
     scene.picture *= u(0.6, 1.1)
 
@@ -127,8 +132,9 @@ def draw_bird(scene, c, u):
     leaf, shade = (u.colour((0.2, 0.7), (0.3, 0.9), (0.15, 0.6)) for _ in range(2))
     scene.picture += leaf + (shade - leaf) * scene.clouds(u, 1.2)
     scene.pose(u, scale=(0.75, 1), turn=0.25, shift=0.12, squeeze=(0.85, 1.15))
-    coat, breast, wing, cap = (c.colour((0.1, 0.8), (0.2, 0.9), (-0.1, 0.7)) + u.colour((0, 1), (-0.2, 0.2))
-                               for _ in range(4))
+    coat, breast, wing, cap = (
+        c.colour((0.1, 0.8), (0.2, 0.9), (-0.1, 0.7)) + u.colour((0, 1), (-0.2, 0.2)) for _ in range(4)
+    )
     bark, horn = u.colour((0.3, 0.5), (0.1, 0.4), (0, 0.1)), c.colour((0.5, 1), (0.2, 1), (0, 0.17))
     long, high, head, bill = c(0.36, 0.5), c(0.22, 0.34), c(0.15, 0.23), c(0.15, 0.4)
     x, y = 0.85 * long, -0.8 * high - head * c(0.2, 0.6) + u(-0.05, 0.05)  # the head
@@ -158,8 +164,11 @@ def draw_plane(scene, c, u):
     nose, girth, thin, root, tip = c(0.6, 0.9), c(0.06, 0.13), c(0.2, 0.7), c(0.09, 0.2), c(0.02, 0.08)
     front, sweep, span = c(-0.1, 0.3), c(-0.05, 0.5), c(0.5, 0.95)
     stern, stern_sweep, stern_span, chord = -0.9 * nose, c(0, 0.25), c(0.15, 0.42), c(0.04, 0.1)
-    limbs = [(nose, 0, -nose, 0, girth, girth * thin), (front, 0, front - sweep, span, root, tip),
-             (stern, 0, stern - stern_sweep, stern_span, chord, 0.5 * chord)]
+    limbs = [
+        (nose, 0, -nose, 0, girth, girth * thin),
+        (front, 0, front - sweep, span, root, tip),
+        (stern, 0, stern - stern_sweep, stern_span, chord, 0.5 * chord),
+    ]
     for at in c.choice([(), (), (0.35,), (0.5,), (0.3, 0.6)]):  # engines along the wing
         limbs.append((front - at * sweep + root + 0.1, at * span, front - at * sweep, at * span, 0.05, 0.04))
     for at in c.choice([(), (), (0.5,)]):  # engines at the rear of the fuselage
@@ -173,27 +182,48 @@ def draw_face(scene, c, u):
     scene.picture += back + (front - back) * scene.clouds(u, 1.2)
     light = u(0.7, 1.15) * (1 + u(-0.25, 0.25) * scene.x)
     scene.pose(u, scale=(0.9, 1.05), turn=0.12, shift=0.06, squeeze=(0.95, 1.05))
-    skin, hair = c.colour((0.3, 0.6), (0.35, 0.95), (0.02, 0.09)), c.colour((0.2, 0.7), (0.05, 0.8), (0, 0.12))
-    iris, lips, cloth = c.colour((0.2, 0.8), (0.1, 0.5)), c.colour((0.4, 0.8), (0.4, 0.8), (-0.03, 0.04)), u.colour((0, 0.9), (0.1, 0.9))
+    skin, hair = (
+        c.colour((0.3, 0.6), (0.35, 0.95), (0.02, 0.09)),
+        c.colour((0.2, 0.7), (0.05, 0.8), (0, 0.12)),
+    )
+    iris, lips, cloth = (
+        c.colour((0.2, 0.8), (0.1, 0.5)),
+        c.colour((0.4, 0.8), (0.4, 0.8), (-0.03, 0.04)),
+        u.colour((0, 0.9), (0.1, 0.9)),
+    )
     wide, long, locks = c(0.42, 0.54), c(0.6, 0.72), c.choice([0.7, 0.75, 1.3, 1.7])
-    scene.paint(scene.blob(0, -0.15, wide + c(0.08, 0.2), c(0.75, 0.9) * locks ** 0.5), hair)
+    scene.paint(scene.blob(0, -0.15, wide + c(0.08, 0.2), c(0.75, 0.9) * locks**0.5), hair)
     scene.paint(scene.limbs((0, 0.2, 0, 1.1, 0.2, 0.24)), 0.85 * skin)
     scene.paint(scene.blob(0, 1.25, 0.95, 0.45), cloth)
     scene.paint(scene.blob(0, 0.05, wide, long), skin)
-    scene.paint(np.maximum(scene.blob(0, 0.05, wide, long), scene.y + c(0.25, 0.45)), hair)           # a fringe
+    scene.paint(np.maximum(scene.blob(0, 0.05, wide, long), scene.y + c(0.25, 0.45)), hair)  # a fringe
     apart, high, eye, look = c(0.17, 0.23), c(-0.1, 0.0), c(0.07, 0.1), u(-0.025, 0.025)
     for side in (-1, 1):
         scene.paint(scene.blob(side * apart, high, eye, 0.55 * eye), 0.95)
         scene.paint(scene.blob(side * apart + look, high, 0.45 * eye, 0.5 * eye), iris)
-        scene.paint(scene.limbs((side * (apart - 0.09), high - 0.12, side * (apart + 0.09), high - 0.13, 0.02, 0.012)), 0.6 * hair)
+        scene.paint(
+            scene.limbs(
+                (side * (apart - 0.09), high - 0.12, side * (apart + 0.09), high - 0.13, 0.02, 0.012)
+            ),
+            0.6 * hair,
+        )
     scene.paint(scene.limbs((0, high + 0.05, c(-0.02, 0.02), 0.2, 0.015, 0.04)), 0.85 * skin)
     smile, broad = u(-0.02, 0.09), c(0.13, 0.2) + u(0, 0.05)
-    scene.paint(scene.limbs((-broad, 0.4 - smile, 0, 0.4, 0.025, 0.035), (0, 0.4, broad, 0.4 - smile, 0.035, 0.025)), lips)
+    scene.paint(
+        scene.limbs((-broad, 0.4 - smile, 0, 0.4, 0.025, 0.035), (0, 0.4, broad, 0.4 - smile, 0.035, 0.025)),
+        lips,
+    )
     scene.picture *= light
 
 
-SYNTHETIC_MODES = {"omniglot": (draw_character, 1), "miniimagenet": (draw_object, 3), "fc100": (draw_toy, 3),
-                   "cub": (draw_bird, 3), "aircraft": (draw_plane, 3), "celeba": (draw_face, 3)}  # drawing function, channels
+SYNTHETIC_MODES = {
+    "omniglot": (draw_character, 1),
+    "miniimagenet": (draw_object, 3),
+    "fc100": (draw_toy, 3),
+    "cub": (draw_bird, 3),
+    "aircraft": (draw_plane, 3),
+    "celeba": (draw_face, 3),
+}  # drawing function, channels
 
 
 def draw_synthetic(mode, split, size, per_class=SYNTHETIC_IMAGES):
@@ -220,11 +250,15 @@ def prepare_synthetic(mode, size, cache_dir):
     folder = Path(cache_dir) / f"synthetic-{mode}-{size}-{SYNTHETIC_FORMAT}"
     if not (folder / "classes.json").exists():
         classes = {}
-        for split in tqdm(SPLITS, desc=f"{mode}: drawing SYNTHETIC images of {size} px", disable=None, leave=False):
+        for split in tqdm(
+            SPLITS, desc=f"{mode}: drawing SYNTHETIC images of {size} px", disable=None, leave=False
+        ):
             images, names = draw_synthetic(mode, split, size)
             content = io.BytesIO()
             np.save(content, images)
             atomic_write(folder / f"{split}.npy", content.getvalue())
             classes[split] = [[name, SYNTHETIC_IMAGES] for name in names]
-        atomic_write(folder / "classes.json", json.dumps(classes))         # last: its presence says that all is there
+        atomic_write(
+            folder / "classes.json", json.dumps(classes)
+        )  # last: its presence says that all is there
     return folder
