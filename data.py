@@ -198,19 +198,6 @@ class Episodes:
         tasks = [self.tasks(number, 1) for number in numbers]
         return type(tasks[0])(*map(torch.cat, zip(*tasks)))
 
-    def everything(self, number):
-        """All images of the classes of task `number`, with their labels in it -> (n, 3, S, S), (n,)."""
-        m, S = number % len(self.modes), self.size
-        classes, _, turns, _ = (x[0] for x in self.indices(m, number // len(self.modes), 1))
-        images, labels = [], []
-        for label, (c, quarters) in enumerate(zip(classes, turns)):
-            part = self.images[m][self.offsets[m][c] :][: self.counts[m][c]]
-            if self.modes[m] == "omniglot":
-                part = torch.rot90(part, int(quarters), (1, 2))
-            images.append(part)
-            labels.append(torch.full((len(part),), label, device=self.device))
-        return torch.cat(images).permute(0, 3, 1, 2).expand(-1, 3, S, S).float() / 255, torch.cat(labels)
-
     def sha256(self, count):
         """A hash of the first `count` tasks: modes, names and sizes of their classes, and the indices drawn."""
         digest = hashlib.sha256()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every table of the papers, one command a cell. A cell is named paper/setting/shots/method, and its run lives in a folder of
-# that name. Finished cells are skipped, broken ones continue, a failed one does not stop the others; tables.py comes last.
+# Every table of the papers, one command per cell (tools/cells.py is the list). A cell is named paper/setting/shots/method, and its run lives in a folder of
+# that name. Finished cells are skipped, broken ones continue, a failed one does not stop the others; tools/tables.py comes last.
 usage="usage: bash run_all.sh [--dry-run] [--only GLOB]... [--quick] [--synthetic] [--jobs N] [--out FOLDER] [-- FLAG...]
 
-  --dry-run    print the commands, one a line, each complete in itself, and run nothing
+  --dry-run    print the commands, one per line, each complete in itself, and run nothing
   --only GLOB  only the cells whose name matches, as 'kml/2mode/5shot/*'; may be given several times
   --quick      the scripts' two-minute budget in place of the papers'
   --synthetic  procedural images in place of the real ones: no download
@@ -45,132 +45,14 @@ folder=${out:-runs${quick:+/quick}${synthetic:+/synthetic}}
 if [ -z "${PYTHON:-}" ]; then PYTHON=python; [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python; fi
 python=$(printf %q "$PYTHON")
 
-# ---------------------------------------------------------------------------------------------------------- the cells
+# The cells: names and commands, from the one list.
 names=() commands=()
-
-cell() {    # cell NAME BUDGET COMMAND...    BUDGET: flags that are left out with --quick
-    local name=$1 budget=${2:+ $2} glob
-    shift 2
-    if [ ${#only[@]} -gt 0 ]; then
-        for glob in "${only[@]}"; do
-            # shellcheck disable=SC2254 # a glob is meant
-            case "$name" in $glob) glob=""; break ;; esac
-        done
-        [ -z "$glob" ] || return 0
-    fi
+list=$("$PYTHON" -m tools.cells ${only[@]+"${only[@]}"} ${quick:+--quick} ${synthetic:+--synthetic}) || exit 1
+while IFS=$'\t' read -r name command; do
+    [ -n "$name" ] || continue
     names+=("$name")
-    commands+=("$python $*${quick:-$budget}$synthetic$extra --out $(printf %q "$folder/$name")")
-}
-
-# KML, Tables 1 and 2. (The scripts' defaults are the papers' settings.)
-kml_methods() {     # kml_methods SETTING MODE...
-    local setting=$1 shots
-    shift
-    for shots in 1 5; do
-        local to="--modes $* --shots $shots" at="kml/$setting/${shots}shot"
-        cell "$at/maml" "" mmaml.py "$to" --modulation none
-        cell "$at/mmaml" "" mmaml.py "$to"
-        cell "$at/mmaml+kml" "" kml.py "$to"
-        cell "$at/protonet" "" mprotonet.py "$to" --modulation none
-        cell "$at/mprotonet" "" mprotonet.py "$to" --modulation film
-        cell "$at/mprotonet+kml" "" mprotonet.py "$to"
-    done
-}
-kml_methods 2mode-dagger miniimagenet fc100
-kml_methods 2mode omniglot miniimagenet
-kml_methods 3mode omniglot miniimagenet fc100
-kml_methods 5mode omniglot miniimagenet fc100 cub aircraft
-
-# Multi-MAML and Multi-ProtoNet are one run a mode; every setting above uses the same ones. Multi-MAML's settings are those of
-# MMAML's released code. Beside them, KML on one mode: what it does where there is no other mode to tell apart.
-for mode in omniglot miniimagenet fc100 cub aircraft; do
-    inner="--inner-lr 0.01 --inner-steps 5" budget="--meta-batch 4 --iterations 80000"
-    if [ $mode = omniglot ]; then inner="--inner-lr 0.4 --inner-steps 1" budget="--meta-batch 10 --iterations 60000"; fi
-    for shots in 1 5; do
-        to="--modes $mode --shots $shots" at="kml/$mode/${shots}shot"
-        cell "$at/multi-maml" "$budget" mmaml.py "$to" --modulation none "$inner"
-        cell "$at/multi-protonet" "" mprotonet.py "$to" --modulation none
-        cell "$at/mmaml+kml" "" kml.py "$to"
-        cell "$at/mprotonet+kml" "" mprotonet.py "$to"
-    done
-done
-
-# ModGrad, Conv-4 on mini-ImageNet: Table 2 and, of the same runs, Figure 9 (see the end); MAML on ModGrad's two layers with its
-# step is the control that the paper lacks. Then the deep network of Table 2, Table 4 (a model for each number of steps), Table 5
-# (columns u), and Figure 6 (first-order MAML of 5 to 30 steps, more shots, ResNet-34 at 224 pixels over twice as many episodes; the
-# archives of mini-ImageNet that data.py takes hold 84 pixels, which are enlarged).
-for shots in 1 5; do
-    to="--modes miniimagenet --shots $shots"
-    for algorithm in modgrad maml metasgd cavia tnet; do
-        cell "modgrad/table2/${shots}shot/$algorithm" "" modgrad.py "$to" --algorithm $algorithm
-    done
-    cell "modgrad/table2/${shots}shot/maml-same-layers" "" modgrad.py "$to" --algorithm maml --adapt conv3 conv4 --steps 1 --alpha 0.1
-    cell "modgrad/table2/${shots}shot/modgrad-wrn28-10" "" modgrad.py "$to" --backbone wrn28-10 --augment --keep-every 4000
-    for steps in 2 3 4 5; do cell "modgrad/table4/${shots}shot/modgrad-${steps}steps" "" modgrad.py "$to" --steps $steps; done
-    for rank in 1 10; do cell "modgrad/table5/${shots}shot/modgrad-u$rank" "" modgrad.py "$to" --rank $rank; done
-done
-for steps in 5 10 20 30; do
-    maml="--algorithm maml --first-order --steps $steps" deep="--backbone resnet34 --augment --keep-every 8000"
-    for shots in 5 10 15 20; do
-        to="--modes miniimagenet --shots $shots"
-        cell "modgrad/figure6/${shots}shot/maml-${steps}steps" "" modgrad.py "$to" "$maml"
-        if [ $steps = 5 ] && [ $shots != 5 ]; then cell "modgrad/figure6/${shots}shot/modgrad" "" modgrad.py "$to"; fi
-    done
-    for shots in 1 5; do
-        to="--modes miniimagenet --shots $shots" budget="--image-size 224 --iterations 33333"
-        cell "modgrad/figure6/${shots}shot/maml-resnet34-${steps}steps" "$budget" modgrad.py "$to" "$maml" "$deep"
-        if [ $steps = 5 ]; then cell "modgrad/figure6/${shots}shot/modgrad-resnet34" "$budget" modgrad.py "$to" "$deep"; fi
-    done
-done
-
-# ModGrad, Table 3: faces completed from some of their pixels. (Figure 7 is a picture of these runs: see README.) MAML with ModGrad's
-# step on the layer that ModGrad adapts is the control that the paper lacks.
-for order in random ordered; do
-    for pixels in 10 100; do
-        for algorithm in cnp maml cavia modgrad; do
-            cell "modgrad/table3/$order-$pixels/$algorithm" "" modgrad_completion.py --algorithm $algorithm --pixels $pixels --order $order
-        done
-        cell "modgrad/table3/$order-$pixels/maml-same-layer" "" modgrad_completion.py --algorithm maml --adapt fc5 --steps 1 \
-            --pixels $pixels --order $order
-    done
-done
-
-# ModGrad, Figure 5: alphabets of Omniglot, 100 steps each in testing, whatever the steps in training.
-for algorithm in modgrad maml fomaml reptile; do
-    cell "modgrad/figure5/$algorithm" "" modgrad_multishot.py --algorithm $algorithm
-done
-
-# ModGrad, Figure 8: reinforcement learning, navigation with two seeds. (The half-cheetahs need gymnasium[mujoco]. There are no
-# images here, so --synthetic does not concern these cells.)
-for env in navigation cheetah-dir cheetah-vel; do
-    for algorithm in maml cavia modgrad; do
-        rl="modgrad_rl.py --env $env --algorithm $algorithm"
-        synthetic="" cell "modgrad/figure8/$env/$algorithm" "" "$rl"
-        if [ $env = navigation ]; then synthetic="" cell "modgrad/figure8/$env/$algorithm-seed1" "" "$rl" --seed 1; fi
-    done
-done
-
-# Attentive feature reuse, Table 2: mini-ImageNet, and the transfer to classes of another data set (mini-Places in the paper).
-for shots in 1 5; do
-    to="--modes miniimagenet --shots $shots --transfer fc100" at="afr/table2/${shots}shot"
-    cell "$at/maml" "" afr.py "$to" --algorithm maml
-    cell "$at/anil" "" afr.py "$to" --modulation none
-    cell "$at/am" "" afr.py "$to" --modulation am
-    cell "$at/am-constant" "" afr.py "$to" --modulation am --embed constant
-    cell "$at/p-am" "" afr.py "$to" --modulation pam
-done
-
-# Its Table 1 and, of the same runs, Figure 5 (tables.py): one high-level task alone, and all four. On ray-cast scenes, NOT the paper's
-# MMT data, which were never released; 5 shots are our choice.
-for filters in 32 64; do
-    to="--modes scenes --shots 5 --filters $filters --val-every 1000" at="afr/table1/${filters}filters"
-    for modulation in none am; do
-        for task in classification depth normals vanishing; do
-            cell "$at/$task-$modulation" "" afr.py --tasks $task "$to" --modulation $modulation
-        done
-        cell "$at/multi-$modulation" "" afr.py --tasks classification depth normals vanishing "$to" --modulation $modulation
-    done
-done
+    commands+=("$python $command$extra --out $(printf %q "$folder/$name")")
+done <<<"$list"
 
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
@@ -240,11 +122,11 @@ for shots in 1 5; do     # ModGrad's Figure 9, of the runs on Conv-4 that are th
     old=""
     for run in ${runs[@]+"${runs[@]}"}; do [ "$figure/gradients.json" -nt "$run/result.json" ] || old=1; done
     if [ ${#runs[@]} -gt 1 ] && [ -n "$old" ]; then
-        "$PYTHON" inspect_gradients.py "${runs[@]}" --gradient-noise 0.01 0.03 0.1 0.3 1 --spectrum --out "$figure" \
+        "$PYTHON" -m tools.inspect_gradients "${runs[@]}" --gradient-noise 0.01 0.03 0.1 0.3 1 --spectrum --out "$figure" \
             ${places[@]+"${places[@]}"} || echo "${figure#"$folder/"} (status $?)" >>"$failures"
     fi
 done
-"$PYTHON" tables.py "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
+"$PYTHON" -m tools.tables "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
 status=$?
 if [ -s "$failures" ]; then
     echo "cells that failed or are not finished, which the same command tries again:"

@@ -1,6 +1,6 @@
 """How large is the modulation, how much of it is the task's, and does the task embedding v tell the modes apart?
 
-    python inspect_modulation.py RUN [RUN ...] [--tasks 200] [--out results/modulation.json]
+    python -m tools.inspect_modulation RUN [RUN ...] [--tasks 200] [--out results/modulation.json]
 
 for finished runs of kml.py and mprotonet.py with kernel modulation (folders with a checkpoint). For each convolution it
 prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
@@ -19,6 +19,7 @@ share of all tasks is what guessing gives. Last, what the network does with v: i
 task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode; in brackets what that changes,
 task by task.
 """
+
 import argparse
 import importlib
 import json
@@ -45,12 +46,19 @@ def load(folder):
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a finished run")
     if checkpoint["identity"]["method"] not in SCRIPTS:
-        fail(f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M")
+        fail(
+            f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M"
+        )
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
     if checkpoint["identity"].get("embed") == "query":
         fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
-    older = {"distance_scale": 1.0, "adapt": "modulated"}        # what runs from before these flags did
-    return module, argparse.Namespace(**older | checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
+    older = {"distance_scale": 1.0, "adapt": "modulated"}  # what runs from before these flags did
+    return (
+        module,
+        argparse.Namespace(**older | checkpoint["identity"]),
+        checkpoint["params"],
+        checkpoint["iteration"],
+    )
 
 
 def embed_and_modulate(module, params, episodes, count):
@@ -132,27 +140,51 @@ def inspect(folder, count, data_root, cache_dir):
     layers = {}
     for k, x in M.items():
         of_modes = torch.stack([x[mode == m].mean(0) for m in modes])
-        layers[k.split(".")[0]] = {"size": rms(x), "task": rms(x - x.mean(0)), "mode": rms(of_modes - of_modes.mean(0))}
-    vs = {"its own v": v, "its mode's mean": centres[mode], "the mean of all": centres.mean(0).expand(count, -1)}
+        layers[k.split(".")[0]] = {
+            "size": rms(x),
+            "task": rms(x - x.mean(0)),
+            "mode": rms(of_modes - of_modes.mean(0)),
+        }
+    vs = {
+        "its own v": v,
+        "its mode's mean": centres[mode],
+        "the mean of all": centres.mean(0).expand(count, -1),
+    }
     vs |= {"another mode's mean": centres[(mode + 1) % len(modes)]} if len(modes) > 1 else {}
     per_task = {what: np.array(x) for what, x in accuracies(module, args, params, test, vs).items()}
     scores = {what: module.summary(x, args.modes) for what, x in per_task.items()}
     changes = {what: module.summary(x - per_task["its own v"], args.modes) for what, x in per_task.items()}
     options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
-    return {"method": args.method, "modes": args.modes, "shots": args.shots, "seed": args.seed, **options,
-            "iteration": iteration, "tasks": count, "synthetic": args.synthetic, "M": layers, "accuracy": scores,
-            "outputs": scales(module, args, params, test, min(count, 20)),
-            "change": changes, "per_task": {what: x.round(4).tolist() for what, x in per_task.items()},
-            "v": {"right_mode_percent": 100 * (nearest == mode).float().mean().item(), "norm": v.norm(dim=1).mean().item(),
-                  "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
-                  "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item()}}
+    return {
+        "method": args.method,
+        "modes": args.modes,
+        "shots": args.shots,
+        "seed": args.seed,
+        **options,
+        "iteration": iteration,
+        "tasks": count,
+        "synthetic": args.synthetic,
+        "M": layers,
+        "accuracy": scores,
+        "outputs": scales(module, args, params, test, min(count, 20)),
+        "change": changes,
+        "per_task": {what: x.round(4).tolist() for what, x in per_task.items()},
+        "v": {
+            "right_mode_percent": 100 * (nearest == mode).float().mean().item(),
+            "norm": v.norm(dim=1).mean().item(),
+            "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
+            "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item(),
+        },
+    }
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    p.add_argument("--tasks", type=int, default=200, help="of validation and of test, over all modes together")
+    p.add_argument(
+        "--tasks", type=int, default=200, help="of validation and of test, over all modes together"
+    )
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="decoded images")
     p.add_argument("--out", help="a JSON file for what was found")
@@ -163,18 +195,30 @@ def main():
     for folder in args.runs:
         row = inspect(folder, args.tasks, args.data_root, args.cache_dir)
         found.append(row)
-        flags = " ".join([f"--embed {row.get('embed', 'support')}", *(["--no-residual"] if row.get("no_residual") else [])])
-        print(f"{row['method']} {'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot {flags} "
-              f"seed {row['seed']}, after {row['iteration']} iterations")
+        flags = " ".join(
+            [f"--embed {row.get('embed', 'support')}", *(["--no-residual"] if row.get("no_residual") else [])]
+        )
+        print(
+            f"{row['method']} {'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot {flags} "
+            f"seed {row['seed']}, after {row['iteration']} iterations"
+        )
         for layer, x in row["M"].items():
             print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
         for layer, x in row["outputs"].items():
-            variance, deviation = (" to ".join(f"{y:.3g}" for y in x[what]) for what in ("variance", "deviation"))
+            variance, deviation = (
+                " to ".join(f"{y:.3g}" for y in x[what]) for what in ("variance", "deviation")
+            )
             print(f"    {layer}: outputs have variance {variance}, after BatchNorm deviation {deviation}")
         print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
         for what, score in row["accuracy"].items():
-            print(f"    accuracy with {what:20}", *(f"{name} {x['mean']:.2f} ({row['change'][what][name]['mean']:+.2f} +- "
-                                                    f"{row['change'][what][name]['ci95']:.2f})  " for name, x in score.items()))
+            print(
+                f"    accuracy with {what:20}",
+                *(
+                    f"{name} {x['mean']:.2f} ({row['change'][what][name]['mean']:+.2f} +- "
+                    f"{row['change'][what][name]['ci95']:.2f})  "
+                    for name, x in score.items()
+                ),
+            )
     if args.out:
         atomic_write(Path(args.out), json.dumps(found, indent=1) + "\n")
 

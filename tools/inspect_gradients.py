@@ -1,6 +1,6 @@
 """What inner steps do with their gradients: accuracy when gradients are corrupted, and what modulation lets through.
 
-    python inspect_gradients.py RUN [RUN ...] --gradient-noise 0.01 0.03 0.1 0.3 --spectrum --out results/gradients
+    python -m tools.inspect_gradients RUN [RUN ...] --gradient-noise 0.01 0.03 0.1 0.3 --spectrum --out results/gradients
 
 for runs of modgrad.py (folders with a checkpoint), in the terms of the ModGrad paper:
 
@@ -21,6 +21,7 @@ for runs of modgrad.py (folders with a checkpoint), in the terms of the ModGrad 
 
 Writes gradients.json, and figures if matplotlib is installed.
 """
+
 import argparse
 import importlib.util
 import json
@@ -46,7 +47,11 @@ def load(folder):
         fail(f"there is no {path}: train with modgrad.py first, or name the folder of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        options, params, done = argparse.Namespace(**checkpoint["identity"]), checkpoint["params"], checkpoint["iteration"]
+        options, params, done = (
+            argparse.Namespace(**checkpoint["identity"]),
+            checkpoint["params"],
+            checkpoint["iteration"],
+        )
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a run")
     if getattr(options, "algorithm", None) not in modgrad.STEPS or not hasattr(options, "backbone"):
@@ -74,7 +79,9 @@ def accuracies(params, options, episodes, count, levels):
     for j in tqdm(range(count), desc=f"{options.method}: tasks with noise", disable=None, leave=False):
         task = Task(*(x[0] for x in episodes.tasks(j, 1)))
         for i, sigma in enumerate(levels):
-            _, *logits = modgrad.task_loss(params, task, options, True, draw_noise(like, sigma, j) if sigma else None)
+            _, *logits = modgrad.task_loss(
+                params, task, options, True, draw_noise(like, sigma, j) if sigma else None
+            )
             found[i, :, j] = [100 * (x.argmax(-1) == task.query_y).double().mean().item() for x in logits]
     return found
 
@@ -88,6 +95,7 @@ def first_steps(params, options, episodes, count):
         after = step(params, fast, loss, args, noisy)
         seen.append((noisy(torch.func.grad(loss)(fast)), {k: after[k] - fast[k] for k in fast}))
         return after
+
     with mock.patch.dict(modgrad.STEPS, {options.algorithm: recorded}):
         for j in range(count):
             seen = []
@@ -113,8 +121,10 @@ def spectrum(steps):
     for k in (k for k, w in steps[0][0].items() if w.dim() == 4):
         found[k] = {}
         for name, which in (("raw", 0), ("modulated", 1)):
-            values = torch.linalg.svdvals(torch.stack([step[which][k].flatten(1) for step in steps]).double())      # (tasks, C_out)
-            values = values[values[:, 0] > 0]           # M can be zero everywhere: such a step has no spectrum
+            values = torch.linalg.svdvals(
+                torch.stack([step[which][k].flatten(1) for step in steps]).double()
+            )  # (tasks, C_out)
+            values = values[values[:, 0] > 0]  # M can be zero everywhere: such a step has no spectrum
             found[k][f"tasks {name}"] = len(values)
             if not len(values):
                 found[k] |= {name: [0.0] * len(steps[0][which][k]), f"rank {name}": 0.0}
@@ -132,10 +142,21 @@ def inspect(runs, args):
         options, params, done = runs[folder]
         options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
         test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
-        row = {"run": options.method, "algorithm": options.algorithm, "modes": options.modes, "shots": options.shots, "ways": options.ways,
-               "image_size": options.image_size, "seed": options.seed, "iteration": done, "synthetic": options.synthetic,
-               "steps": options.steps, "alpha": options.alpha, "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
-               "step_length": step_length(params, options, validation, args.step_tasks)}
+        row = {
+            "run": options.method,
+            "algorithm": options.algorithm,
+            "modes": options.modes,
+            "shots": options.shots,
+            "ways": options.ways,
+            "image_size": options.image_size,
+            "seed": options.seed,
+            "iteration": done,
+            "synthetic": options.synthetic,
+            "steps": options.steps,
+            "alpha": options.alpha,
+            "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
+            "step_length": step_length(params, options, validation, args.step_tasks),
+        }
         if options.algorithm == "modgrad" and length is None:
             length = row["step_length"]
         if args.spectrum and options.algorithm != "cavia":
@@ -143,15 +164,26 @@ def inspect(runs, args):
         rows.append((row, params, options, test))
     for row, params, options, test in list(rows):
         if args.gradient_noise and options.algorithm == "maml" and length is not None:
-            scaled = argparse.Namespace(**vars(options) | {"alpha": options.alpha * length / row["step_length"]})
-            more = {k: v for k, v in row.items() if k != "spectrum"} | {"run": f"{row['run']}, step scaled", "alpha": scaled.alpha,
-                                                                        "step_length": length}
+            scaled = argparse.Namespace(
+                **vars(options) | {"alpha": options.alpha * length / row["step_length"]}
+            )
+            more = {k: v for k, v in row.items() if k != "spectrum"} | {
+                "run": f"{row['run']}, step scaled",
+                "alpha": scaled.alpha,
+                "step_length": length,
+            }
             rows.insert(1 + [r for r, *_ in rows].index(row), (more, params, scaled, test))
     for row, params, options, test in rows if args.gradient_noise else ():
         per_task = accuracies(params, options, test, args.tasks, args.gradient_noise)
-        row["noise"] = {str(sigma): {"accuracy": modgrad.summary(x[0], options.modes), "accuracy_inductive": modgrad.summary(x[1], options.modes),
-                                     "change": modgrad.summary(x[0] - per_task[0, 0], options.modes), "per_task": x[0].round(4).tolist()}
-                        for sigma, x in zip(args.gradient_noise, per_task)}
+        row["noise"] = {
+            str(sigma): {
+                "accuracy": modgrad.summary(x[0], options.modes),
+                "accuracy_inductive": modgrad.summary(x[1], options.modes),
+                "change": modgrad.summary(x[0] - per_task[0, 0], options.modes),
+                "per_task": x[0].round(4).tolist(),
+            }
+            for sigma, x in zip(args.gradient_noise, per_task)
+        }
         row["tasks_sha256"] = test.sha256(args.tasks)
     return [row for row, *_ in rows]
 
@@ -163,12 +195,17 @@ def label(row):
 def noise_table(rows):
     """-> Markdown: accuracy at each level, and what the highest level costs."""
     levels = list(rows[0]["noise"])
-    lines = [f"| run | {' | '.join(f'noise {sigma}' for sigma in levels)} | change at {levels[-1]} |", "|" + " --- |" * (len(levels) + 2)]
+    lines = [
+        f"| run | {' | '.join(f'noise {sigma}' for sigma in levels)} | change at {levels[-1]} |",
+        "|" + " --- |" * (len(levels) + 2),
+    ]
     for row in rows:
         scores = [row["noise"][sigma]["accuracy"]["overall"] for sigma in levels]
         change = row["noise"][levels[-1]]["change"]["overall"]
-        lines.append(f"| {label(row)} | {' | '.join('{mean:.2f} ± {ci95:.2f}'.format(**x) for x in scores)} | "
-                     f"{change['mean']:+.2f} ± {change['ci95']:.2f} |")
+        lines.append(
+            f"| {label(row)} | {' | '.join('{mean:.2f} ± {ci95:.2f}'.format(**x) for x in scores)} | "
+            f"{change['mean']:+.2f} ± {change['ci95']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -177,44 +214,80 @@ def spectrum_table(rows):
     lines = ["| run | kernel | of | raw | modulated |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         for k, x in row.get("spectrum", {}).items():
-            lines.append(f"| {label(row)} | {k} | {len(x['raw'])} | {x['rank raw']:.2f} | {x['rank modulated']:.2f} |")
+            lines.append(
+                f"| {label(row)} | {k} | {len(x['raw'])} | {x['rank raw']:.2f} | {x['rank modulated']:.2f} |"
+            )
     return "\n".join(lines)
 
 
 def draw(rows, about, args, out):
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
     if "noise" in rows[0]:
         figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
         for row in rows:
             levels = [float(sigma) for sigma in row["noise"]]
             scores = [x["accuracy"]["overall"] for x in row["noise"].values()]
-            axis.errorbar(levels, [x["mean"] for x in scores], [x["ci95"] for x in scores], capsize=2, linewidth=1.4, label=label(row),
-                          linestyle=":" if "scaled" in row["run"] else "-")
+            axis.errorbar(
+                levels,
+                [x["mean"] for x in scores],
+                [x["ci95"] for x in scores],
+                capsize=2,
+                linewidth=1.4,
+                label=label(row),
+                linestyle=":" if "scaled" in row["run"] else "-",
+            )
         axis.set_xscale("symlog", linthresh=min(s for s in levels if s))
         axis.set_xticks(levels, [f"{s:g}" for s in levels])
         axis.minorticks_off()
-        axis.set(xlabel="standard deviation of the noise on each entry of the inner gradient", ylabel="accuracy in %, paper protocol")
+        axis.set(
+            xlabel="standard deviation of the noise on each entry of the inner gradient",
+            ylabel="accuracy in %, paper protocol",
+        )
         axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(textwrap.fill(f"{about}, {args.tasks} test tasks, 95 % intervals", 90), fontsize="medium")
+        figure.suptitle(
+            textwrap.fill(f"{about}, {args.tasks} test tasks, 95 % intervals", 90), fontsize="medium"
+        )
         figure.savefig(out / "gradient-noise.png", dpi=110)
         plt.close(figure)
     rows = [row for row in rows if row.get("spectrum")]
     if rows:
         kernels = sorted({k for row in rows for k in row["spectrum"]})
-        figure, axes = plt.subplots(1, len(kernels), figsize=(4.5 * len(kernels), 4), squeeze=False, layout="constrained", sharey=True)
+        figure, axes = plt.subplots(
+            1, len(kernels), figsize=(4.5 * len(kernels), 4), squeeze=False, layout="constrained", sharey=True
+        )
         for k, axis in zip(kernels, axes[0]):
-            for i, row in ((i, row) for i, row in enumerate(rows) if k in row["spectrum"]):      # a run has one colour in all panels
+            for i, row in (
+                (i, row) for i, row in enumerate(rows) if k in row["spectrum"]
+            ):  # a run has one colour in all panels
                 for name, style in (("raw", ":"), ("modulated", "-")):
                     values = row["spectrum"][k][name]
-                    axis.plot(range(1, len(values) + 1), values, style, color=f"C{i}", label=f"{label(row)}, {name}", linewidth=1.4)
-            axis.set(yscale="log", ylim=(1e-4, 1.2), title=k, xlabel="singular value", ylabel="relative to the largest")
+                    axis.plot(
+                        range(1, len(values) + 1),
+                        values,
+                        style,
+                        color=f"C{i}",
+                        label=f"{label(row)}, {name}",
+                        linewidth=1.4,
+                    )
+            axis.set(
+                yscale="log",
+                ylim=(1e-4, 1.2),
+                title=k,
+                xlabel="singular value",
+                ylabel="relative to the largest",
+            )
             axis.grid(alpha=0.3)
         lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
         figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(textwrap.fill(f"{about}, mean of {args.step_tasks} test tasks", 60 * len(kernels)), fontsize="medium")
+        figure.suptitle(
+            textwrap.fill(f"{about}, mean of {args.step_tasks} test tasks", 60 * len(kernels)),
+            fontsize="medium",
+        )
         figure.savefig(out / "gradient-spectrum.png", dpi=110)
         plt.close(figure)
 
@@ -223,9 +296,17 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of modgrad.py runs")
-    p.add_argument("--gradient-noise", nargs="+", type=float, default=[], metavar="SIGMA", help="standard deviations; 0 is always "
-                   "among them")
-    p.add_argument("--spectrum", action="store_true", help="singular values of the first inner step, raw and modulated")
+    p.add_argument(
+        "--gradient-noise",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="SIGMA",
+        help="standard deviations; 0 is always among them",
+    )
+    p.add_argument(
+        "--spectrum", action="store_true", help="singular values of the first inner step, raw and modulated"
+    )
     p.add_argument("--tasks", type=int, default=600, help="test tasks, over all modes together (P: 600)")
     p.add_argument("--step-tasks", type=int, default=50, help="tasks for lengths and spectra of steps")
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
@@ -234,8 +315,12 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.gradient_noise and not args.spectrum:
         fail("nothing to do: give --gradient-noise SIGMA ..., --spectrum, or both")
-    if args.gradient_noise and not (all(0 <= sigma < float("inf") for sigma in args.gradient_noise) and any(args.gradient_noise)):
-        fail(f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on, one at least above it")
+    if args.gradient_noise and not (
+        all(0 <= sigma < float("inf") for sigma in args.gradient_noise) and any(args.gradient_noise)
+    ):
+        fail(
+            f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on, one at least above it"
+        )
     args.gradient_noise = sorted({0.0, *args.gradient_noise}) if args.gradient_noise else []
     for key, least in (("tasks", 10), ("step_tasks", 2)):
         if getattr(args, key) < least:
@@ -248,7 +333,9 @@ def main():
     runs, out = {folder: load(folder) for folder in args.runs}, Path(args.out)
     options = [run[0] for run in runs.values()]
     if len({(*o.modes, o.ways, o.shots, o.queries, o.image_size, o.synthetic) for o in options}) > 1:
-        fail("the runs differ in modes, ways, shots, queries, image size or --synthetic: their tasks are not the same")
+        fail(
+            "the runs differ in modes, ways, shots, queries, image size or --synthetic: their tasks are not the same"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -257,9 +344,13 @@ def main():
     about = f"{'SYNTHETIC ' * o.synthetic}{'+'.join(o.modes)}, {o.ways}-way {o.shots}-shot, {o.image_size} px"
     print(f"{about}; last parameters")
     if args.gradient_noise:
-        print(f"\nAccuracy in % (paper protocol) with noise on the inner gradients, {args.tasks} test tasks\n\n{noise_table(rows)}")
+        print(
+            f"\nAccuracy in % (paper protocol) with noise on the inner gradients, {args.tasks} test tasks\n\n{noise_table(rows)}"
+        )
     if args.spectrum:
-        print(f"\nSingular values with {100 * ENERGY:.0f} % of the energy of the first step, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}")
+        print(
+            f"\nSingular values with {100 * ENERGY:.0f} % of the energy of the first step, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}"
+        )
     kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "runs")}
     atomic_write(out / "gradients.json", json.dumps({"setting": kept, "found": rows}, allow_nan=False) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:

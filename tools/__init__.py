@@ -1,0 +1,1 @@
+"""What measures and reports; run as `python -m tools.NAME`."""

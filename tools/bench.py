@@ -1,0 +1,490 @@
+"""Speed, beside what it has to be compared with. A figure here is a ratio measured in one run, in alternation.
+
+    python -m tools.bench loader --synthetic                      # nothing to download
+    python -m tools.bench train --modes omniglot miniimagenet --shots 5 --meta-batch 4 --json bench.json
+    python -m tools.bench peers --modes omniglot miniimagenet --shots 5 --meta-batch 4
+    python -m tools.bench steps --modes miniimagenet --shots 1 5
+    python -m tools.bench reuse --modes miniimagenet --shots 1 5
+    python -m tools.bench gpu --json bench-gpu.json               # under six minutes; nothing to download
+
+loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
+          memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
+          draw a task, open, decode and resize each of its images with Pillow, and convert it.
+
+          Both are given their start-up for free (cache built, workers started, queues drained before each period). The
+          rival gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
+
+train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
+            ours      as the script does it: on a CPU tasks in --workers threads; beside it with 1 worker and, where the
+                      processor has it, in bf16
+            floor     what tasks side by side cannot go below: the same convolutions alone, forward and backward (for MAML's
+                      inner steps forward, backward and double backward), run the same way (tasks in threads), in the same
+                      precision, in the faster of PyTorch's two memory layouts
+            plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's threads inside each
+                      operation, PyTorch's own layout, all tasks' graphs kept until one backward at the end; our sampler
+          Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks. With
+          --busy another process spins beside all of them, as on a machine that is shared.
+
+peers     Milliseconds of one training iteration without modulation (MAML, ProtoNet) beside libraries that do the same, where they
+          are installed, each in its own way: higher for MAML's steps, easyfsl for ProtoNet. `pip install higher easyfsl torchvision`.
+
+variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
+            loop      one task after another, backward after each: what the scripts do on a CPU
+            vmap      all tasks together, each convolution a grouped one: what the scripts do on a GPU
+            unfold    vmap, each convolution written as unfold and a batched matrix product
+            compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
+            captured  vmap, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
+
+steps     Milliseconds and memory of adapting to one task by one inner step of each algorithm of modgrad.py, at test time, beside
+          MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
+          first adapted one are run once a task; this one time is counted.
+
+gpu       One command for whoever has a GPU, without a data set: the card, the vmap path beside the loop and beside float64, then
+          milliseconds of one training iteration (gradients and Adam; noise images made on the card) of the four scripts at
+          the papers' shapes by the variants above, in TF32 (PyTorch's default for convolutions), bf16 and fp32. A row that
+          fails says why. In the end: which variant should be each script's default.
+
+reuse     Milliseconds of afr.py's methods beside MAML's, in training (the gradients of one meta-batch) and in testing (from a task's
+          images to its query outputs, paper protocol, cross-entropy's head), and parameters beside MAML's. (The paper claims: 1.7
+          and 2.3 times faster, 1.1 times the parameters; its abstract 1.5 times faster.) Tasks are drawn before.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+
+import data
+from tools.baselines import (
+    PEERS,
+    VARIANTS,
+    DecodingLoader,
+    prepare_adaptation,
+    prepare_floor,
+    prepare_plain,
+    prepare_reuse,
+    prepare_step,
+    prepare_variant,
+    rival_sources,
+)
+from tools.bench_gpu import bench_gpu, gpu_table, gpu_verdict
+from tools.timing import clock, has_bf16, in_rounds, neighbour, peak_memory, rate, spread, with_threads
+
+BATCH = 10  # tasks assembled together by our sampler: the papers' meta-batch
+ADAPTATIONS = [
+    ["--algorithm", "maml"],
+    ["--algorithm", "maml", "--adapt", "conv3", "conv4"],
+    *(["--algorithm", algorithm] for algorithm in ("modgrad", "metasgd", "cavia", "tnet")),
+]
+REUSE = [["--algorithm", "maml"], *(["--modulation", modulation] for modulation in ("none", "am", "pam"))]
+SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}  # and the modulation measured
+
+
+def bench_loader(args, shots):
+    """-> {"sampler": [tasks/s of each round], "decoding loader": [...]}, rounds in alternation."""
+    device = torch.device(args.device)
+    episodes = data.Episodes(
+        args.modes,
+        "train",
+        args.ways,
+        shots,
+        args.queries,
+        args.image_size,
+        0,
+        device,
+        args.data_root,
+        args.cache_dir,
+        args.synthetic,
+    )
+    loader = torch.utils.data.DataLoader(
+        DecodingLoader(rival_sources(args), args, shots),
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=2,
+    )
+    tasks, first = iter(loader), 0
+
+    def ours():
+        nonlocal first
+        episodes.tasks(first, BATCH)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        first += BATCH
+        return BATCH
+
+    def theirs():
+        for x in next(tasks):
+            x.to(device)
+        return 1
+
+    samples = {"sampler": [], "decoding loader": []}
+    for _ in range(2 * args.workers):
+        theirs()
+    ours()
+    for _ in range(args.rounds):
+        time.sleep(min(1.0, args.seconds))  # the workers fill their queues and fall silent
+        samples["sampler"].append(rate(ours, args.seconds))
+        for _ in range(2 * args.workers):  # the queue that was filled for free does not count
+            theirs()
+        samples["decoding loader"].append(rate(theirs, args.seconds))
+    return samples
+
+
+def bench_train(name, args, shots):
+    """One script at one shape -> {what: [milliseconds of each round]} in alternation, and memory and evaluation beside."""
+    step, sample, module, options, params = prepare_step(name, args, shots)
+    single = prepare_step(name, argparse.Namespace(**vars(args) | {"workers": 1}), shots)[0]
+    queue = []
+
+    def ready():  # tasks of our sampler, one after another
+        if not queue:
+            batch = sample()
+            queue.extend(zip(batch.support_x, batch.query_x))
+        return queue.pop()
+
+    runs = {
+        "ours": with_threads(1, step),
+        "sampler": with_threads(1, sample),
+        "floor": prepare_floor(module, options, params, torch.channels_last),
+        "floor, PyTorch's own layout": prepare_floor(module, options, params, torch.contiguous_format),
+        "plain": with_threads(data.cores(), prepare_plain(module, options, ready)),
+    }
+    if args.device == "cpu":
+        runs["ours, 1 worker"] = with_threads(1, single)
+    if has_bf16(args.device) and args.precision == "fp32":
+        half = prepare_step(name, argparse.Namespace(**vars(args) | {"precision": "bf16"}), shots)[0]
+        runs["ours, bf16"] = with_threads(1, half)
+    samples = in_rounds(runs, args)
+    count = min(options.test_tasks, 20 * args.repeat)
+    test = data.Episodes.of(options, "test")
+    evaluation = with_threads(1, lambda: module.evaluate(params, test, count, options))
+    with neighbour(args.busy):
+        samples["evaluation of 1,000 tasks"] = [
+            clock(evaluation, args.device) * 1000 / count for _ in range(args.rounds)
+        ]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(peak_memory, (prepare_step, name, args, shots))
+    return {
+        "script": name,
+        "modulation": SCRIPTS[name],
+        "shots": shots,
+        "samples": samples,
+        "peak_MiB": round(memory, 1),
+    }
+
+
+def bench_peers(args, shots):
+    """-> a row for each of PEERS: {"script", "peer", "shots", "samples"}, or, where the library does not run, "failed": why."""
+    rows = []
+    for name, (peer, prepare) in PEERS.items():
+        with mock.patch.dict(SCRIPTS, {name: "none"}):
+            step, sample, module, options, params = prepare_step(name, args, shots)
+        row = {"script": name, "peer": peer, "shots": shots}
+        try:
+            theirs = prepare(module, options, params, sample)
+        except (ImportError, RuntimeError) as error:  # not there, or not for this PyTorch
+            rows.append(row | {"failed": " ".join(str(error).split())})
+            continue
+        runs = {"ours": with_threads(1, step), peer: with_threads(data.cores(), theirs)}
+        rows.append(row | {"samples": in_rounds(runs, args)})
+    if all("failed" in row for row in rows):
+        data.fail(f"peers: {rows[0]['failed']}: pip install higher easyfsl torchvision, then once more")
+    return rows
+
+
+def peers_table(rows, args):
+    """What bench_peers found -> Markdown."""
+    lines = ["| script | shots | ours, ms | peer | ms | peer / ours |", "|" + " --- |" * 6]
+    for row in rows:
+        if "failed" in row:
+            lines.append(
+                f"| {row['script']}.py --modulation none | {row['shots']} | - | {row['peer']} | {row['failed']} | - |"
+            )
+            continue
+        ours, theirs = row["samples"]["ours"], row["samples"][row["peer"]]
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        lines.append(
+            f"| {row['script']}.py --modulation none{', busy' if args.busy else ''} | {row['shots']} | {spread(ours)} | {row['peer']} | "
+            f"{spread(theirs)} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def bench_variants(name, args, shots):
+    """One script at one shape -> {variant: [milliseconds of each round]}, in alternation."""
+    _, sample, module, options, params = prepare_step(name, args, shots)
+    samples, example = {variant: [] for variant in args.variants}, sample()
+    calls = {variant: prepare_variant(variant, module, options, params, example) for variant in args.variants}
+    for number in range(args.rounds + 1):
+        for variant, gradients in calls.items():
+            batch = sample()
+            took = clock(lambda gradients=gradients, batch=batch: gradients(batch), args.device)
+            if number:  # round 0 warms up, and compiles
+                samples[variant].append(took)
+            for w in params.values():
+                w.grad = None
+    return {"script": name, "modulation": SCRIPTS[name], "shots": shots, "samples": samples}
+
+
+def profile(name, args, shots):
+    step = prepare_step(name, args, shots)[0]
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as record:
+        step()
+    by = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
+    print(
+        f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot\n"
+        + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)
+    )
+
+
+def bench_steps(args, shots):
+    """-> a row for each of ADAPTATIONS: {"algorithm", "adapts", "samples": milliseconds of each round, "peak_MiB"}."""
+    found = []
+    for words in ADAPTATIONS:
+        step, options = prepare_adaptation(words, args, shots)
+        found.append(
+            (
+                step,
+                {
+                    "algorithm": options.method,
+                    "adapts": " ".join(options.adapt) or "its context",
+                    "shots": shots,
+                    "samples": [],
+                },
+            )
+        )
+    for number in range(args.rounds + 1):
+        for step, row in found:
+            took = clock(step, args.device, args.repeat)
+            if number:
+                row["samples"].append(took)
+    for words, (_, row) in zip(ADAPTATIONS, found):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row["peak_MiB"] = round(pool.apply(peak_memory, (prepare_adaptation, words, args, shots)), 1)
+    return [row for _, row in found]
+
+
+def steps_table(rows, args):
+    """What bench_steps found -> Markdown."""
+    lines = [
+        "| inner step | adapts | shots | ms | beside MAML | beside MAML on the same layers | peak MiB |",
+        "|" + " --- |" * 7,
+    ]
+    middle = {(row["shots"], row["algorithm"]): statistics.median(row["samples"]) for row in rows}
+    for row in rows:
+        same = middle.get((row["shots"], f"MAML on {row['adapts'].replace(' ', '+')}"))
+        ms, low, high = middle[row["shots"], row["algorithm"]], min(row["samples"]), max(row["samples"])
+        lines.append(
+            f"| {row['algorithm']} | {row['adapts']} | {row['shots']} | {ms:.4g} ({low:.4g} to {high:.4g}) | "
+            f"{ms / middle[row['shots'], 'MAML']:.2f} | {f'{ms / same:.2f}' if same else '-'} | {row['peak_MiB']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def bench_reuse(args, shots):
+    """-> a row for each of REUSE: {"method", "parameters", "train" and "test": milliseconds of each round}, in alternation."""
+    found = []
+    for words in REUSE:
+        train, test, options, params = prepare_reuse(words, args, shots)
+        count = sum(w.numel() for w in params.values())
+        found.append(
+            (
+                train,
+                test,
+                {"method": options.method, "shots": shots, "parameters": count, "train": [], "test": []},
+            )
+        )
+    for number in range(args.rounds + 1):
+        for train, test, row in found:
+            for what, function in (("train", train), ("test", test)):
+                took = clock(function, args.device, args.repeat)
+                if number:  # round 0 warms up
+                    row[what].append(took)
+    return [row for *_, row in found]
+
+
+def reuse_table(rows, args):
+    """What bench_reuse found -> Markdown. `faster`: MAML's milliseconds by the method's."""
+    lines = [
+        "| method | shots | ms a training meta-batch | faster than MAML | ms a test task | faster than MAML | parameters | beside MAML |",
+        "|" + " --- |" * 8,
+    ]
+    maml = {row["shots"]: row for row in rows if row["method"] == "MAML"}
+    for row in rows:
+        cells = [row["method"], row["shots"]]
+        for what in ("train", "test"):
+            ms = statistics.median(row[what])
+            cells += [
+                f"{ms:.4g} ({min(row[what]):.4g} to {max(row[what]):.4g})",
+                f"{statistics.median(maml[row['shots']][what]) / ms:.2f}",
+            ]
+        cells += [f"{row['parameters']:,}", f"{row['parameters'] / maml[row['shots']]['parameters']:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def variants_table(rows, args):
+    """What bench_variants found -> Markdown: medians, and in brackets the smallest and largest."""
+    lines = [
+        f"| script | shots | {' | '.join(f'{variant}, ms' for variant in args.variants)} |",
+        "|" + " --- |" * (2 + len(args.variants)),
+    ]
+    for row in rows:
+        cells = [
+            f"{statistics.median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row["samples"].values()
+        ]
+        lines.append(
+            f"| {row['script']}.py --modulation {row['modulation']} | {row['shots']} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def train_table(rows, args):
+    """What bench_train found -> Markdown."""
+    head = (
+        "script",
+        "shots",
+        "ours, ms an iteration",
+        "1 worker / ours",
+        "ours / bf16",
+        "floor / ours",
+        "plain / ours",
+        "sampler",
+        "peak MiB",
+        "s for 1,000 test tasks",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in rows:
+        middle = {what: statistics.median(values) for what, values in row["samples"].items()}
+        floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
+        single = f"{middle['ours, 1 worker'] / middle['ours']:.2f}" if "ours, 1 worker" in middle else "-"
+        half = f"{middle['ours'] / middle['ours, bf16']:.2f}" if "ours, bf16" in middle else "-"
+        lines.append(
+            f"| {row['script']}.py --modulation {row['modulation']}, {args.image_size} px{', busy' if args.busy else ''} | {row['shots']} | "
+            f"{spread(row['samples']['ours'])} | {single} | {half} | {floor / middle['ours']:.2f} | {middle['plain'] / middle['ours']:.2f} | "
+            f"{100 * middle['sampler'] / middle['ours']:.1f} % | {row['peak_MiB']:.0f} | {middle['evaluation of 1,000 tasks'] / 1000:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("part", choices=["loader", "train", "peers", "variants", "steps", "reuse", "gpu"])
+    parser.add_argument(
+        "--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, help="of variants: which (on a CPU all but the last two)"
+    )
+    parser.add_argument("--modes", nargs="+", default=["omniglot", "miniimagenet"], metavar="MODE")
+    parser.add_argument("--ways", type=int, default=5)
+    parser.add_argument("--shots", type=int, nargs="+", default=[5])
+    parser.add_argument("--queries", type=int, default=15)
+    parser.add_argument("--image-size", type=int, default=84)
+    parser.add_argument("--meta-batch", type=int, default=BATCH)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--workers", type=int, default=data.cores(), help="tasks at a time; of loader: processes of the rival"
+    )
+    parser.add_argument(
+        "--busy", action="store_true", help="train, peers: beside a process that keeps one core busy"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=1, help="train: iterations in a round")
+    parser.add_argument("--seconds", type=float, default=3, help="loader: length of one period")
+    parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"))
+    parser.add_argument("--cache-dir", default=".cache")
+    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="train: a table of PyTorch's profiler instead")
+    parser.add_argument(
+        "--budget", type=float, default=330, help="gpu: seconds after which no further row is begun"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="gpu: tiny shapes, to try the command itself, on a CPU too"
+    )
+    parser.add_argument("--json", help="write every sample and the versions to this file")
+    parser.error = data.fail
+    args = parser.parse_args()
+    args.variants = args.variants or (VARIANTS[:3] if args.device == "cpu" else VARIANTS)
+    if "captured" in args.variants and args.device == "cpu":
+        data.fail("--variants captured: a CUDA graph needs --device cuda:0; leave it out")
+    if args.part == "steps" and args.precision != "fp32":
+        data.fail("steps is measured in fp32: leave --precision out")
+    args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
+    if args.part == "gpu":
+        if args.device == "cpu" and not args.smoke:
+            data.fail("gpu: there is no GPU here; --smoke tries the command itself on a CPU")
+        args.json = args.json or "bench-gpu.json"
+        record = bench_gpu(args)
+        print(f"\n{gpu_table(record)}\n\n{gpu_verdict(record)}\n\nwritten: {args.json}")
+        return
+    setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
+    record = {}
+    if args.part == "train" and args.profile:
+        for name in args.scripts:
+            for shots in args.shots:
+                profile(name, args, shots)
+        return
+    if args.part == "train":
+        record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
+    if args.part == "peers":
+        record["peers"] = [row for shots in args.shots for row in bench_peers(args, shots)]
+    if args.part == "variants":
+        record["variants"] = [
+            bench_variants(name, args, shots) for name in args.scripts for shots in args.shots
+        ]
+    if args.part == "steps":
+        record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
+    if args.part == "reuse":
+        record["reuse"] = [row for shots in args.shots for row in bench_reuse(args, shots)]
+    for part, table in (
+        ("train", train_table),
+        ("peers", peers_table),
+        ("variants", variants_table),
+        ("steps", steps_table),
+        ("reuse", reuse_table),
+    ):
+        if part in record:
+            batch = f"{args.meta_batch} tasks an iteration, " * (part != "steps")
+            print(
+                f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "
+                f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{table(record[part], args)}"
+            )
+    for shots in args.shots if args.part == "loader" else ():
+        samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
+        medians = {name: statistics.median(values) for name, values in samples.items()}
+        print(f"loader: {setting}, {shots}-shot, on {args.device}, {args.workers} workers for the rival")
+        for name, values in samples.items():
+            print(
+                f"  {name:18}{medians[name]:10.1f} tasks/s   (rounds {min(values):.1f} to {max(values):.1f})"
+            )
+        print(f"  {'ratio':18}{medians['sampler'] / medians['decoding loader']:10.1f}")
+    if args.json:
+        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pillow": Image.__version__,
+            "machine": device,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+        kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "json")}
+        data.atomic_write(
+            Path(args.json), json.dumps(record | {"args": kept, "versions": versions}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""`python -m tools.bench gpu`: what to run first on a GPU."""
+
+import importlib
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from tools.baselines import prepare_variant
+from tools.timing import clock
+
+GPU_SCRIPTS = {
+    "kml": ["--modulation", "kml"],
+    "mmaml": ["--modulation", "film"],
+    "mprotonet": ["--modulation", "kml"],
+    "modgrad": [],
+}  # at the papers' meta-batches, which are the scripts' defaults
+GPU_PRECISIONS = ("tf32", "bf16", "fp32")  # tf32: PyTorch's default for convolutions
+GPU_VARIANTS = ("vmap", "captured", "loop", "unfold", "compiled")
+ROW_LIMIT = 45  # seconds for one row; compiling gets no more either
+
+
+def gpu_options(name, shots, precision, args, *words):
+    """A script as a module, and its arguments at the papers' shape (or, with --smoke, at a tiny one)."""
+    module = importlib.import_module(name)
+    tiny = ["--image-size", 32, "--channels", 4, "--queries", 2, "--meta-batch", 2] if args.smoke else []
+    script_precision = "bf16" if precision == "bf16" else "fp32"
+    given = [
+        *GPU_SCRIPTS[name],
+        *tiny,
+        "--shots",
+        shots,
+        "--precision",
+        script_precision,
+        "--device",
+        args.device,
+        "--synthetic",
+        "--out",
+        "-",
+        *words,
+    ]
+    return module, module.get_args([str(word) for word in given])
+
+
+def random_batch(options, seed, dtype=torch.float32):
+    """A meta-batch of noise images, made on the device -> Task."""
+    rng = torch.Generator(options.device).manual_seed(seed)
+    T, N, S = options.meta_batch, options.ways, options.image_size
+    images, labels = {}, {}
+    for part, each in (("support", options.shots), ("query", options.queries)):
+        images[part] = torch.rand(T, N * each, 3, S, S, generator=rng, device=options.device).to(dtype)
+        labels[part] = torch.arange(N, device=options.device).repeat_interleave(each).expand(T, -1)
+    return data.Task(
+        images["support"],
+        labels["support"],
+        images["query"],
+        labels["query"],
+        torch.zeros(T, dtype=torch.int64),
+    )
+
+
+def set_precision(precision):
+    """TF32 for convolutions, or not. (Autocast, which `run_tasks` switches on for bf16, does not mind.)"""
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def gpu_step(variant, module, options):
+    """-> step(): one training iteration of a script by one of GPU_VARIANTS, without the sampler."""
+    params = {k: w.to(options.device).requires_grad_() for k, w in module.init_params(options).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=options.lr, fused=True)
+    batches, count = [random_batch(options, seed) for seed in (0, 1)], 0
+    gradients = prepare_variant(variant, module, options, params, batches[0])
+
+    def step():
+        nonlocal count
+        count += 1
+        optimizer.zero_grad()
+        gradients(batches[count % 2])
+        optimizer.step()
+
+    return step
+
+
+def gpu_row(name, shots, precision, variant, args, rounds=10):
+    """Measure one variant of one script -> {"samples": milliseconds of each round, "peak_MiB", ...}, or {"failed": why}."""
+    row = {"script": name, "shots": shots, "precision": precision, "variant": variant}
+    if variant == "captured" and args.device == "cpu":
+        return row | {"failed": "needs a GPU"}
+    set_precision(precision)
+    begun = time.perf_counter()
+    try:
+        module, options = gpu_options(name, shots, precision, args)
+        step = gpu_step(variant, module, options)
+        if args.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            clock(step, args.device)  # warms up, and compiles
+        row["warm_up_seconds"] = round(time.perf_counter() - begun, 2)
+        samples = []
+        while len(samples) < rounds and (not samples or time.perf_counter() - begun < ROW_LIMIT):
+            samples.append(round(clock(step, args.device), 3))
+        row |= {"meta_batch": options.meta_batch, "samples": samples}
+        if args.device != "cpu":
+            row["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    except Exception as error:  # noqa: BLE001 (whatever fails is a row, not an end)
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        torch._dynamo.reset()
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+    return row
+
+
+def row_in_a_process(name, shots, precision, variant, args):
+    """gpu_row in a process of its own, which is killed when it takes too long: compiling may."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(
+        target=put_row, args=(queue, name, shots, precision, variant, args), daemon=True
+    )
+    process.start()
+    try:
+        return queue.get(timeout=ROW_LIMIT + 15)
+    except Exception:  # noqa: BLE001 (an empty queue)
+        return {
+            "script": name,
+            "shots": shots,
+            "precision": precision,
+            "variant": variant,
+            "failed": f"over {ROW_LIMIT + 15} s",
+        }
+    finally:
+        process.kill()
+        process.join()
+
+
+def put_row(queue, *given):
+    queue.put(gpu_row(*given))
+
+
+def equivalence(name, args):
+    """The vmap path beside the loop over tasks, in float32 without TF32 and in float64 -> a row of relative differences.
+
+    Each is the norm of a difference over the norm: of all losses, and of all gradients. All are differences from float64's
+    loop. `vmap64` shows whether the two paths compute the same; in float32, on noise images, ReLUs that switch make gradients
+    differ by a few percent.
+    """
+    set_precision("fp32")
+    found = {}
+    for what, dtype, together in (
+        ("loop64", torch.float64, False),
+        ("vmap64", torch.float64, True),
+        ("loop", torch.float32, False),
+        ("vmap", torch.float32, True),
+        ("captured", torch.float32, True),
+    ):
+        if what == "captured" and args.device == "cpu":
+            continue
+        module, options = gpu_options(name, 1, "fp32", args, "--meta-batch", 2, "--workers", 1)
+        params = {
+            k: w.to(options.device, dtype).requires_grad_() for k, w in module.init_params(options).items()
+        }
+
+        def run(batch, module=module, params=params, options=options, together=together):
+            return module.run_tasks(params, batch, options, together)
+
+        if what == "captured":
+            run = data.recorded(run, params)
+        losses, _ = run(random_batch(options, 0, dtype))
+        found[what] = losses.double(), torch.cat([w.grad.double().flatten() for w in params.values()])
+    wanted = found.pop("loop64")
+    row = {"script": name}
+    for what, pair in found.items():
+        row[what] = [((x - y).norm() / y.norm()).item() for x, y in zip(pair, wanted)]
+    row["same"] = max(row["vmap64"]) < 1e-9 and all(
+        row[what][0] < 1e-3 and row[what][1] < 0.1 for what in found
+    )
+    return row
+
+
+def gpu_plan(args):
+    """The rows in order of importance: what the scripts do today and the captured graph first, what may fail last."""
+    for shots in (5, 1):
+        for precision in GPU_PRECISIONS:
+            for name in GPU_SCRIPTS:
+                for variant in ("vmap", "captured"):
+                    yield name, shots, precision, variant
+    for variant in ("loop", "unfold", "compiled"):
+        for name in GPU_SCRIPTS:
+            yield name, 5, "tf32", variant
+
+
+def bench_gpu(args):
+    """Everything of `gpu`; the file is written again after each row -> the record."""
+    begun = time.perf_counter()
+    record = {"card": gpu_card(args), "equivalence": [], "rows": []}
+    print(json.dumps(record["card"]), flush=True)
+    for name in GPU_SCRIPTS:
+        record["equivalence"].append(equivalence(name, args))
+        print(json.dumps(record["equivalence"][-1]), flush=True)
+    for name, shots, precision, variant in gpu_plan(args):
+        row = {"script": name, "shots": shots, "precision": precision, "variant": variant}
+        if time.perf_counter() - begun > args.budget:
+            row["failed"] = f"not tried: the {args.budget:.0f} seconds of --budget are over"
+        else:
+            measure = row_in_a_process if variant == "compiled" else gpu_row
+            row = measure(name, shots, precision, variant, args)
+        record["rows"].append(row)
+        ms = f"{statistics.median(row['samples']):9.2f} ms" if "samples" in row else row["failed"]
+        print(f"{name:12}{shots}-shot  {precision:6}{variant:10}{ms}", flush=True)
+        data.atomic_write(Path(args.json), json.dumps(record, indent=1))
+    record["seconds"] = round(time.perf_counter() - begun, 1)
+    data.atomic_write(Path(args.json), json.dumps(record, indent=1))
+    return record
+
+
+def gpu_card(args):
+    """The card and the versions that a figure belongs to."""
+    card = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": data.cores(),
+        "smoke": args.smoke,
+    }
+    if args.device == "cpu":
+        return card | {"card": platform.machine()}
+    card |= {
+        "card": torch.cuda.get_device_name(args.device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    return card | {"memory_GiB": round(torch.cuda.get_device_properties(args.device).total_memory / 2**30, 1)}
+
+
+def gpu_table(record):
+    """What bench_gpu found -> Markdown: median milliseconds of one training iteration, a row per script and shots."""
+    columns = sorted(
+        {(row["variant"], row["precision"]) for row in record["rows"]},
+        key=lambda c: (GPU_VARIANTS.index(c[0]), GPU_PRECISIONS.index(c[1])),
+    )
+    cells = {}
+    for row in record["rows"]:
+        shown = (
+            f"{statistics.median(row['samples']):.1f}" if "samples" in row else row["failed"].split(":")[0]
+        )
+        cells[row["script"], row["shots"], row["variant"], row["precision"]] = shown
+    lines = [
+        f"| script | shots | {' | '.join(' '.join(c) for c in columns)} |",
+        "|" + " --- |" * (2 + len(columns)),
+    ]
+    for name, shots in dict.fromkeys((row["script"], row["shots"]) for row in record["rows"]):
+        found = [cells.get((name, shots, *c), "-") for c in columns]
+        lines.append(f"| {name}.py | {shots} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def gpu_verdict(record):
+    """Which variant each script should use by default: the fastest in PyTorch's default precision -> lines of text."""
+    lines = []
+    for name in GPU_SCRIPTS:
+        found = {}
+        for row in record["rows"]:
+            if (
+                row["script"] == name
+                and row["shots"] == 5
+                and row["precision"] == "tf32"
+                and "samples" in row
+            ):
+                found[row["variant"]] = statistics.median(row["samples"])
+        if "vmap" not in found:
+            lines.append(f"{name}.py: vmap was not measured")
+            continue
+        best = min(found, key=found.get)
+        ratio = found["vmap"] / found[best]
+        lines.append(
+            f"{name}.py: {best} is the fastest, {ratio:.2f} times as fast as vmap (the scripts' default: captured)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,255 @@
+"""Result files -> runs, their statistics, and Markdown: what all tables share."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from data import fail
+from tools.papers import SETTINGS
+
+# Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
+FAMILIES = {
+    "MAML": ("MAML", "Multi-MAML", "MMAML", "MMAML+KML"),
+    "ProtoNet": ("ProtoNet", "Multi-ProtoNet", "MProtoNet", "MProtoNet+KML"),
+}
+# What the paper's runs have. A run with other options is a variant, and says so in its row; a run of another budget stands in
+# another table.
+OPTIONS = {
+    "lr": 1e-3,
+    "no_norm_affine": False,
+    "first_order": False,
+    "inner_clip": 20.0,
+    "inner_lr": 0.05,
+    "inner_steps": 5,
+    "no_residual": False,
+    "embed": "support",
+    "transductive": False,
+    "generator": "outer",
+    "init_scale": 1.0,
+    "distance_scale": 1.0,
+    "adapt": "theta",
+    "repeat_tasks": False,
+}
+HALVING = {"MAML": 0, "ProtoNet": 10000}
+MULTI_MAML = {"omniglot": {"inner_lr": 0.4, "inner_steps": 1}, "": {"inner_lr": 0.01}}
+BUDGET = {"image_size": 84, "channels": 32, "queries": 15, "precision": "fp32"}
+ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}  # and tasks in each
+MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}  # of Multi-MAML
+UNITS = {
+    "image_size": "px",
+    "channels": "channels in layer 1",
+    "queries": "queries a class",
+    "precision": "precision",
+    "episodes": "episodes",
+}
+
+
+def read(folders):
+    """All runs under the folders -> list of dicts (see read_run)."""
+    files = sorted({file for folder in folders for file in Path(folder).rglob("result.json")})
+    return [run for run in map(read_run, files) if run]
+
+
+def read_run(file):
+    """One result.json -> what the tables need of it; None if it is of a script that makes no table of the KML paper.
+
+    `scores` is {protocol: {mode: array of its tasks' accuracies}}, `options` what differs from the paper's method,
+    `budget` what two runs must have in common to stand in one table.
+    """
+    try:
+        run = json.loads(file.read_text())
+        method = (
+            run["method"] if "algorithm" not in run.get("args", {}) else ""
+        )  # modgrad.py has a MAML of its own
+        family = "MAML" if method in FAMILIES["MAML"] else "ProtoNet"
+        if method not in FAMILIES[family]:
+            return None
+        modes, args = run["modes"], run["args"]
+        if method == "MMAML+KML":
+            args = {"adapt": "modulated"} | args  # so were runs from before there was this flag
+        usual = OPTIONS | {"lr_halve_every": HALVING[family]}
+        options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+        steps = ITERATIONS[family]
+        if method == "ProtoNet" and len(modes) == 1:
+            method = "Multi-ProtoNet"
+        elif method == "MAML" and len(modes) == 1:
+            own = MULTI_MAML.get(modes[0], MULTI_MAML[""])
+            if own.items() <= options.items():
+                method, options = "Multi-MAML", {k: v for k, v in options.items() if k not in own}
+                steps = MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
+        done = run["iterations"], args["meta_batch"]
+        protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
+        return {
+            "method": method,
+            "modes": modes,
+            "family": family,
+            "options": options,
+            "seed": args["seed"],
+            "ways": run["ways"],
+            "shots": run["shots"],
+            "file": file,
+            "data": dict(zip(modes, images_of(run))),
+            "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
+            "note": run.get("note"),
+            "budget": (
+                *tuple((k, args.get(k, v)) for k, v in BUDGET.items()),
+                ("steps", "paper" if done == steps else done),
+                ("synthetic", run["synthetic"]),
+            ),
+            "scores": {
+                protocol: {mode: np.array(x[m :: len(modes)]) for m, mode in enumerate(modes)}
+                for protocol, x in protocols.items()
+                if x is not None
+            },
+            "parameters": sum(run["parameters"].values()),
+            "seconds": run["seconds_per_iteration"],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        fail(
+            f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again"
+        )
+
+
+def absent(method, modes=()):
+    """What stands in a table for a run that is not there; `modes`: of which it would be made."""
+    return {
+        "method": method,
+        "options": {},
+        "seed": None,
+        "missing": modes,
+        "scores": {},
+        "data": {},
+        "parameters": None,
+        "seconds": None,
+    }
+
+
+def joined(method, modes, singles):
+    """Multi-MAML or Multi-ProtoNet: its runs on single modes as one."""
+    of = [singles.get((method, mode)) for mode in modes]
+    if None in of:
+        return absent(method, [mode for mode, run in zip(modes, of) if run is None])
+    return absent(method) | {
+        "scores": {
+            protocol: {mode: run["scores"][protocol][mode] for mode, run in zip(modes, of)}
+            for protocol in ("paper", "inductive")
+            if all(protocol in run["scores"] for run in of)
+        },
+        "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
+        "parameters": sum(run["parameters"] for run in of),
+    }
+
+
+def on_the_same_tasks(runs, modes):
+    """Cut the scores of all runs to the test tasks that every run has -> the runs, so that differences of means add up.
+
+    Test task j of a mode is the same for every run: of each mode, the first n tasks are kept, n the smallest number there.
+    """
+    measured = [run["scores"]["paper"] for run in runs if run["scores"]]
+    count = {mode: min(len(scores[mode]) for scores in measured) for mode in modes}
+    cut = []
+    for run in runs:
+        scores = {
+            protocol: {mode: x[: count[mode]] for mode, x in of.items()}
+            for protocol, of in run["scores"].items()
+        }
+        cut.append(run | {"scores": scores})
+    return cut
+
+
+def interval(strata):
+    """Arrays of values, one a mode -> mean of their means, half width of its 95 % interval."""
+    means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
+    return float(np.mean(means)), 1.96 * math.sqrt(sum(variances)) / len(strata)
+
+
+def score(run, protocol, modes):
+    """Accuracy over `modes`, in % -> (mean, interval), or None where there is none."""
+    return interval([run["scores"][protocol][mode] for mode in modes]) if protocol in run["scores"] else None
+
+
+def images_of(run):
+    """What the images of a run's modes are, from its result file -> list. The fingerprint of real images is left out: it was made of
+    file times once, so that a copy of an archive had another. Which classes and images were drawn is in tasks_sha256."""
+    return [name if run["synthetic"] else re.sub(r"-[0-9a-f]{12}$", "", name) for name in run["data"]]
+
+
+def difference(a, b, protocol, modes):
+    """Accuracy of run a minus that of b on the tasks they share -> (mean, interval), or None where there are none."""
+    if not all(protocol in run["scores"] for run in (a, b)) or any(
+        a["data"][m] != b["data"][m] for m in modes
+    ):
+        return None
+    one, two = a.get("tasks"), b.get("tasks")  # modes, number, hash
+    if one and two and one[:2] == two[:2] and one != two:
+        return None
+    pairs = [(a["scores"][protocol][m], b["scores"][protocol][m]) for m in modes]
+    return interval([x[: len(y)] - y[: len(x)] for x, y in pairs])  # task j is the same in every run
+
+
+def show(value, sign=""):
+    return "-" if value is None else f"{value[0]:{sign}.2f} ± {value[1]:.2f}"
+
+
+def label(run, seed=True):
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in run["options"].items()]
+    return ", ".join(
+        [
+            run["method"],
+            *([f"`{' '.join(flags)}`"] if flags else []),
+            *([f"seed {run['seed']}"] if seed and run["seed"] != run.get("first_seed", run["seed"]) else []),
+        ]
+    )
+
+
+def table(rows, columns):
+    """Objects and {head: function that makes the object's cell} -> a Markdown table."""
+    lines = [
+        list(columns),
+        ["---"] * len(columns),
+        *([str(cell(row)) for cell in columns.values()] for row in rows),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def budget_text(budget, family):
+    """What is not the paper's -> Markdown, "" if nothing is."""
+    budget = dict(budget)
+    words = [
+        f"{budget[key]} {UNITS[key]} instead of {usual}"
+        for key, usual in BUDGET.items()
+        if budget[key] != usual
+    ]
+    if budget["steps"] != "paper":
+        (ours, batch), (theirs, usual) = budget["steps"], ITERATIONS[family]
+        words.append(f"{ours:,} iterations of {batch} tasks instead of {theirs:,} of {usual}")
+    return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
+
+
+def setting_name(modes):
+    names = [name for name, of in SETTINGS.items() if of == set(modes) and len(of) == len(modes)]
+    return names[0] if names else "+".join(modes)
+
+
+def title(run):
+    name, modes = setting_name(run["modes"]), " + ".join(run["modes"])
+    return f"{run['family']} family, {name}{f' ({modes})' * (name in SETTINGS)}, {run['ways']}-way {run['shots']}-shot"
+
+
+def slug(run):
+    """A run's table as a file name."""
+    budget = dict(run["budget"])
+    steps = [] if budget["steps"] == "paper" else ["{}x{}".format(*budget["steps"])]
+    words = [
+        *(["synthetic"] if budget["synthetic"] else []),
+        run["family"],
+        setting_name(run["modes"]),
+        f"{run['ways']}way",
+        f"{run['shots']}shot",
+        *(str(budget[k]) for k in BUDGET if budget[k] != BUDGET[k]),
+        *steps,
+    ]
+    return "-".join(words).lower()

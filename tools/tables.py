@@ -1,0 +1,327 @@
+"""Result files -> the tables of the KML, ModGrad and attentive-feature-reuse papers, their numbers beside ours, and figures.
+
+    python -m tools.tables [FOLDER ...] [--out results]
+
+reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
+<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations,
+ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8, and attentive feature reuse's Figure 5 where runs were
+validated.
+
+Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
+iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
+Intervals, 95 %, are over test tasks; modes are strata: overall is the mean of the modes' means, its interval
+1.96 sqrt(sum_m s_m^2 / n_m) / M. Differences are paired: the same formula on the differences task by task.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import transference
+from data import atomic_write, fail
+from tools.figures import curves
+from tools.papers import SETTINGS, TABLE1, TABLE2
+from tools.reading import (
+    FAMILIES,
+    absent,
+    budget_text,
+    difference,
+    joined,
+    label,
+    on_the_same_tasks,
+    read,
+    score,
+    setting_name,
+    show,
+    slug,
+    table,
+    title,
+)
+from tools.tables_afr import afr_tables, read_afr
+from tools.tables_modgrad import completion_tables, modgrad_tables, multishot_tables, read_modgrad, rl_tables
+
+PAIRS = (
+    (3, 2),
+    (3, 0),
+    (3, 1),
+    (2, 0),
+    (0, 1),
+)  # KML - FiLM, KML - none, KML - Multi, FiLM - none, none - Multi
+
+
+def pairs(runs, methods):
+    """Which runs to compare: the methods among each other; a variant, or another seed, with what differs from it
+    in nothing else."""
+    usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
+    main = {run["method"]: run for run in runs if label(run) == run["method"]}
+    found = [(main.get(methods[i]), main.get(methods[j])) for i, j in PAIRS]
+    for run in runs:
+        if label(run) != run["method"]:
+            found += [
+                (run, usual.get((method, run["seed"])))
+                for method in dict.fromkeys((run["method"], methods[0]))
+            ]
+    return [(a, b) for a, b in found if a and b and a is not b and a["scores"] and b["scores"]]
+
+
+def by_seed(rows, reference, modes):
+    """Where a configuration was trained from several seeds: a line for each, a column a seed -> Markdown, or ""."""
+    seeds = sorted({run["seed"] for run in rows if run["scores"] and run["seed"] is not None})
+    runs = {
+        (label(run, seed=False), run["seed"]): run
+        for run in rows
+        if run["scores"] and run["seed"] is not None
+    }
+    if len(seeds) < 2:
+        return ""
+
+    def cells(protocol, minus):
+        def cell(name):
+            of = [(runs.get((name, seed)), runs.get((reference, seed))) for seed in seeds]
+            return ", ".join(
+                show(difference(run, base, protocol, modes), "+")
+                if run and base and minus and run is not base
+                else show(score(run, protocol, modes))
+                if run and not minus
+                else "-"
+                for run, base in of
+            )
+
+        return cell
+
+    at = f"seeds {' and '.join(map(str, seeds))}"
+    return table(
+        dict.fromkeys(name for name, _ in runs),
+        {
+            "configuration": lambda name: name,
+            f"overall, paper protocol, {at}": cells("paper", False),
+            f"minus {reference} of the same seed": cells("paper", True),
+            f"overall, inductive, {at}": cells("inductive", False),
+            f"minus {reference}, inductive": cells("inductive", True),
+        },
+    )
+
+
+def common_flags(runs, keys):
+    """Flags, and a seed, that all runs of one family, budget, ways and shots have in common are no variants: they leave the
+    runs' `options` for `common`, a remark above the table; `first_seed` is the seed that goes without saying."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[k] for k in keys), []).append(run)
+    for group in groups.values():
+        first = group[0]["options"]
+        shared = {k: v for k, v in first.items() if all(run["options"].get(k) == v for run in group)}
+        seed = min(run["seed"] for run in group)
+        flags = label({"method": "", "options": shared | ({"seed": seed} if seed else {}), "seed": None})
+        for run in group:
+            run["options"] = {k: v for k, v in run["options"].items() if k not in shared}
+            run |= {"first_seed": seed, "common": f"All{flags.removeprefix(',')}." if flags else ""}
+
+
+def block(runs, singles):
+    """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences.
+
+    `singles`: {(method, mode): its run on that mode alone}, of the same ways, shots, family and budget.
+    """
+    first, methods = runs[0], FAMILIES[runs[0]["family"]]
+    modes, shots, setting = first["modes"], first["shots"], setting_name(first["modes"])
+    several = modes if len(modes) > 1 else []
+    comparable = first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
+    table1, table2 = TABLE1.get(setting, {}) if comparable else {}, comparable and setting == "2mode-dagger"
+
+    order = {run["method"]: run for run in runs if label(run) == run["method"]}
+    if several:
+        order = {m: order.get(m) or absent(m) for m in methods} | {
+            methods[1]: joined(methods[1], modes, singles)
+        }
+    rest = [run for run in runs if run not in order.values()]
+    rows = [
+        *order.values(),
+        *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run, seed=False), run["seed"])),
+    ]
+    rows = on_the_same_tasks(rows, modes)
+
+    def published(where):
+        return lambda run: show(where[run["method"]][shots == 5] if where and not run["options"] else None)
+
+    def missing(run):
+        return (
+            ": missing" + f" ({', '.join(run['missing'])})" * bool(run["missing"])
+            if not run["scores"]
+            else ""
+        )
+
+    columns = {
+        "method": lambda run: label(run) + missing(run),
+        "overall, paper protocol": lambda run: show(score(run, "paper", modes)),
+        "overall, inductive": lambda run: show(score(run, "inductive", modes)),
+    }
+    columns |= {"KML's Table 1": published(table1)} if table1 else {}
+    columns |= {
+        f"{m}, paper / inductive": lambda run, m=m: " / ".join(
+            show(score(run, protocol, [m])) for protocol in ("paper", "inductive")
+        )
+        for m in several
+    }
+    columns |= {f"KML's Table 2, {m}": published(TABLE2[m]) for m in several if table2}
+    columns |= {
+        "parameters": lambda run: f"{run['parameters']:,}" if run["parameters"] else "-",
+        "s an iteration": lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-",
+    }
+
+    def published_difference(pair):
+        return (
+            "-"
+            if any(run["options"] for run in pair)
+            else "{:+.2f}".format(
+                table1[pair[0]["method"]][shots == 5][0] - table1[pair[1]["method"]][shots == 5][0]
+            )
+        )
+
+    differences = {
+        "difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
+        "overall, paper protocol": lambda pair: show(difference(*pair, "paper", modes), "+"),
+        "overall, inductive": lambda pair: show(difference(*pair, "inductive", modes), "+"),
+    }
+    differences |= {"KML's Table 1": published_difference} if table1 else {}
+    differences |= {
+        f"{m}, paper protocol": lambda pair, m=m: show(difference(*pair, "paper", [m]), "+") for m in several
+    }
+
+    count = max(sum(map(len, run["scores"]["paper"].values())) for run in rows if run["scores"])
+    about = [
+        budget_text(first["budget"], first["family"]),
+        first.get("common", ""),
+        f"{count:,} test tasks;",
+        "accuracy in %, 95 % interval over tasks.",
+        *sorted({run["note"] for run in runs if run.get("note")}),
+    ]
+    compared = pairs(rows, methods)
+    return f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}" + "".join(
+        f"\n{more}"
+        for more in (table(compared, differences) if compared else "", by_seed(rows, methods[0], modes))
+        if more
+    )
+
+
+def transference_tables(folders):
+    """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the folder
+    they were found in: that is where tables.md is meant to be."""
+    parts = []
+    places = {file: place for place in folders for file in Path(place).rglob("transference.json")}
+    for file, place in sorted(places.items()):
+        try:
+            record = json.loads(file.read_text())
+            of, few = record["setting"], min(transference.ALONG_SOURCES, record["setting"]["source_tasks"])
+            lines = [*transference.HEAD, *map(transference.shares_row, record["found"])]
+            size = (
+                f"alpha {of['alpha']}"
+                if of["alpha"] != "auto"
+                else f"self-transference {of['self_transference']}"
+            )
+            parts.append(
+                f"### {record['about']}, {' and '.join(of['at'])}\n\nStep on {of['update']} parameters, {size}; 95 % intervals over resampled sources "
+                "and targets.\n\n"
+                + "\n".join(lines)
+                + "\n\n"
+                + "".join(f"{x}\n\n" for x in transference.other_tables(record["found"], few))
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
+            fail(
+                f"{file} is not a whole file of transference.py ({type(error).__name__}: {error}): delete it, run its command again"
+            )
+        for picture in sorted(file.parent.glob("transference-*.png")):
+            parts.append(f"![{picture.stem}]({picture.relative_to(place)})\n")
+    return parts
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = fail
+    p.add_argument(
+        "folders", nargs="*", default=["runs"], metavar="FOLDER", help="where result files are (runs)"
+    )
+    p.add_argument("--out", default="results", help="folder of tables.md and the figures")
+    args = p.parse_args()
+    groups, out = {}, Path(args.out)
+    found = read(args.folders)
+    common_flags(found, ("family", "budget", "ways", "shots"))
+    for run in found:
+        group = groups.setdefault(tuple(run[k] for k in ("family", "budget", "ways", "shots")), {})
+        table_of = group.setdefault(tuple(run["modes"]), {})
+        if label(run) in table_of:
+            print(
+                f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr
+            )
+        table_of.setdefault(label(run), run)
+    figures, reuse = [], read_afr(args.folders)
+    other, more = (
+        read_modgrad(args.folders),
+        [
+            *completion_tables(args.folders),
+            *multishot_tables(args.folders, out, figures),
+            *rl_tables(args.folders, out, figures),
+        ],
+    )
+    transfer = transference_tables(args.folders)
+    if not groups and not other and not more and not reuse and not transfer:
+        fail(
+            f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
+    parts, seen = [], set()
+    for group in (
+        groups[key]
+        for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))
+    ):
+        singles = {
+            (run["method"], modes[0]): run
+            for modes, runs in group.items()
+            if len(modes) == 1
+            for run in runs.values()
+            if label(run) in ("Multi-MAML", "Multi-ProtoNet")
+        }
+        for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
+            runs = list(group[modes].values())
+            if all(run is singles.get((run["method"], modes[0])) for run in runs) and any(
+                len(other) > 1 and modes[0] in other for other in group
+            ):
+                continue  # stands as a part of Multi-X in the tables of several modes
+            parts.append(block(runs, singles))
+            if not dict(runs[0]["budget"])["synthetic"]:
+                seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
+            if importlib.util.find_spec("matplotlib"):
+                file = out / f"curves-{slug(runs[0])}.png"
+                figures.append((curves, runs, singles, file))
+                parts.append(f"![Accuracy against iterations]({file.name})\n")
+    lacking = [
+        f"{setting} {shots}-shot ({family} family)"
+        for family in FAMILIES
+        for setting in SETTINGS
+        for shots in (1, 5)
+        if (family, setting, shots) not in seen
+    ]
+    if lacking:
+        parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
+    if transfer:
+        parts += ["# Transference: tables from result files\n", *transfer]
+    if other or more:
+        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *more]
+    if reuse:
+        parts += ["# Attentive feature reuse: tables from result files\n", *afr_tables(reuse, out, figures)]
+    text = (
+        "# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
+        "bench.py measures speed.\n\n" + "\n".join(parts)
+    )
+    print(text)
+    atomic_write(out / "tables.md", text)
+    for function, *arguments in figures:
+        function(*arguments)
+    print(f"written to {out / 'tables.md'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
