@@ -209,5 +209,9 @@ class Episodes:
         return digest.hexdigest()
 
 
-if __name__ == "__main__":
+def main():
     tool.main(Episodes)
+
+
+if __name__ == "__main__":
+    main()

@@ -881,7 +881,7 @@ def check(args):
         fail(
             "--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head"
         )
-    if args.keep_every and args.val_every:
+    if args.keep_every and args.val_every and args.log_every:
         kept_unvalidated = args.keep_every % args.val_every
         if args.val_every % args.log_every or kept_unvalidated:
             fail(

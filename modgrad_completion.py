@@ -172,7 +172,8 @@ class Completions:
 
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
-        images, context = (torch.from_numpy(x).to(self.device) for x in self.indices(first, count))
+        arrays = [torch.from_numpy(x) for x in self.indices(first, count)]
+        images, context = (x.to(self.device) for x in arrays)
         colours = self.images[images].expand(-1, -1, 3).float() / 255  # (count, S*S, 3)
         shown = context[..., None].expand(-1, -1, 3)
         return Task(

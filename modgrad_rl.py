@@ -790,7 +790,9 @@ def report(result, args):
     print(f"\n{args.title}: {args.test_tasks} test tasks of {args.rollouts} rollouts, after {training}")
     print(result["protocol"])
     for update, row in enumerate(result["returns"]):
-        name = "before" if update == 0 else f"after {update} updates"
+        name = f"after {update} updates"
+        if update < 2:
+            name = ("before", "after 1 update")[update]
         print(f"{name:18}" + "{mean:.2f} +- {ci95:.2f}".format(**row))
 
 

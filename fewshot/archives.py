@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -11,9 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fewshot.files import fail, files_under
+from fewshot.files import fail
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"),
+    *(".apng", ".avif", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".tga"),
+)
+UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".cr2", ".nef", ".arw", ".dng")
+JUNK_FOLDERS = ("@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found")  # of storage systems
 CACHE_FORMAT = 1  # raise when the decoded pixels would change
 
 
@@ -29,11 +35,12 @@ class Archive:
         try:
             if self.path.is_dir():
                 self.names = [
-                    file.relative_to(self.path.parent).as_posix() for file in files_under(self.path)
+                    file.relative_to(self.path.parent).as_posix() for file in files_below(self.path)
                 ]
             elif zipfile.is_zipfile(self.path):
                 self.zip = zipfile.ZipFile(self.path)
-                self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
+                self.members = zip_members(self.zip)
+                self.names = list(self.members)
             else:
                 self.tar = tarfile.open(self.path)  # noqa: SIM115 (read from later on)
                 self.members = {member.name: member for member in self.tar if member.isfile()}
@@ -55,7 +62,7 @@ class Archive:
             fail(f"{self.path}: lacks {name}: {self.remedy}")
         try:
             if self.zip:
-                return self.zip.read(name)
+                return self.zip.read(self.members[name])
             if self.tar:
                 return self.tar.extractfile(self.members[name]).read()
             return (self.path.parent / name).read_bytes()
@@ -76,12 +83,60 @@ class Archive:
 
     def image_names(self):
         """Names of the images, without the resource forks and thumbnails that operating systems leave in archives."""
-        return [
-            name
-            for name in self.names
-            if name.lower().endswith(IMAGE_SUFFIXES)
-            and not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
-        ]
+        return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES) and not is_junk(name)]
+
+    def refuse_unreadable_images(self):
+        """Fail at a picture in a format that Pillow does not read: left out in silence, it would change the tasks."""
+        for name in self.names:
+            if name.lower().endswith(UNREADABLE_SUFFIXES) and not is_junk(name):
+                fail(
+                    f"{self.path}: {name} is in a format that is not read here: convert it to PNG or remove it"
+                )
+
+
+def is_junk(name):
+    """Whether a path leads through what systems leave behind: hidden files and folders, resource forks, thumbnails."""
+    for part in name.split("/"):
+        if part.lower() in JUNK_FOLDERS or part.startswith("__MACOSX"):
+            return True
+        if part.startswith(".") and part != ".":
+            return True
+    return False
+
+
+def zip_members(archive):
+    """Files of an open zip -> {name with slashes: name in the zip}. Some tools of Windows write backslashes throughout."""
+    names = archive.namelist()
+    if any("/" in name for name in names):
+        return {name: name for name in names if not name.endswith("/")}
+    slashed = {name.replace("\\", "/"): name for name in names}
+    return {name: inside for name, inside in slashed.items() if not name.endswith("/")}
+
+
+def unreadable(error):
+    """Fail at a folder that may not be read: passed over, its images would be missing without a word."""
+    if not is_junk(os.path.basename(error.filename)):
+        fail(f"{error.filename}: cannot be read ({error.strerror}): allow reading it, or remove it")
+
+
+def files_below(folder):
+    """All files below a folder, sorted, through links too; without links that lead nowhere or back to where they stand in."""
+    root = os.path.realpath(folder)
+    trails = {str(folder): [root]}  # of each folder: the real folders passed on the way to it
+    found = []
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        trail = trails.pop(top)
+        ahead = []
+        for name in folders:
+            path = os.path.join(top, name)
+            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(trail[-1], name)
+            if real not in trail and os.path.commonpath([real, root]) != real:
+                trails[path] = [*trail, real]
+                ahead.append(name)
+        folders[:] = ahead
+        paths = [os.path.join(top, name) for name in names]
+        found += [Path(path) for path in paths if os.path.exists(path)]
+    return sorted(found)
 
 
 class Pixels:
@@ -146,10 +201,11 @@ def read_pickle(path, content):
     try:
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         found = PlainUnpickler(file, encoding="latin1").load()
-        return {key: getattr(value, "array", value) for key, value in found.items()}
+        names = {key: key.decode("latin1") if isinstance(key, bytes) else key for key in found}
+        return {names[key]: getattr(value, "array", value) for key, value in found.items()}
     except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
         fail(
-            f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, fetch it again"
+            f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, delete it and fetch it again"
         )
 
 
@@ -166,11 +222,12 @@ def fingerprint(paths):
     names, sizes and times; not where they lie. So a copy of a zip is the same data, and a result file says so."""
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     for path in paths:
-        files = files_under(path) if path.is_dir() else [path]
+        files = files_below(path) if path.is_dir() else [path]
         for file in files:
             stat = file.stat()
             contents = (file.suffix == ".zip" and table_of_contents(file)) or str(stat.st_mtime_ns).encode()
-            digest.update(f"{file.relative_to(path.parent)} {stat.st_size} ".encode() + contents + b"\n")
+            line = f"{file.relative_to(path.parent)} {stat.st_size} "
+            digest.update(line.encode(errors="surrogateescape") + contents + b"\n")
     return digest.hexdigest()[:12]
 
 

@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import http.client
+import io
 import os
+import sys
 import urllib.error
 import urllib.request
 from typing import NamedTuple
@@ -15,6 +17,11 @@ from fewshot.archives import Archive, Pixels, by_folder, read_pickle
 from fewshot.files import fail
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {  # what people call the folders of the splits, in any case
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 # mini-ImageNet: the split of Ravi & Larochelle 2017, WordNet ids without their leading "n".
 MINIIMAGENET = {
     "train": """
@@ -40,6 +47,14 @@ MINIIMAGENET = {
 FC100 = {"val": (8, 11, 13, 16), "test": (0, 7, 12, 14)}
 
 
+def text_of(content):
+    """The text of a list, as UTF-8 with or without a byte order mark, or else as Latin-1."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin1")
+
+
 def split_by_fraction(names):
     """MMAML's rule for CUB and Aircraft: shuffle with a fixed seed, 70 / 15 / 15 % of the classes -> {split: [name]}."""
     names = list(names)
@@ -48,14 +63,66 @@ def split_by_fraction(names):
     return {"train": names[:train], "val": names[train:val], "test": names[val:]}
 
 
+def split_of(name):
+    """The split that a folder's name means ("Validation" -> "val"), or None."""
+    return next((split for split in SPLITS if name.lower() in SPLIT_NAMES[split]), None)
+
+
+def class_folders(archive, stem):
+    """The class folders of one split -> {class: [(archive, name)]}; fail where two readings of the folders are possible."""
+    archive.refuse_unreadable_images()
+    folders = by_folder(archive, archive.image_names())
+    inside = bool(folders) and all(f"{name}/".startswith(f"{stem}/") for name in folders)
+    stray = folders.pop(stem if inside else "", [])
+    images = sum(len(names) for names in folders.values())
+    if len(stray) > images / 10:
+        fail(
+            f"{archive.path}: {len(stray)} images ({stray[0][1]}) lie in no class folder: make a folder for each class, "
+            "or remove them"
+        )
+    if stray:
+        tqdm.write(f"{archive.path}: {stray[0][1]} lies beside the class folders: left out", file=sys.stderr)
+    depths = {}
+    for name in folders:
+        depths.setdefault(name.removeprefix("./").count("/"), name)
+    if len(depths) > 1:
+        least, most = min(depths), max(depths)
+        fail(
+            f"{archive.path}: images lie in folders of two depths, {depths[least]} and {depths[most]}: put the images "
+            "of a class into one folder, all classes at one depth"
+        )
+    return {name.removeprefix(f"{stem}/"): names for name, names in folders.items()}
+
+
 def import_class_folders(paths):
     """`<split>/<class>/<image>`, as folders or as `<split>.zip`. Works for any data set of your own."""
-    splits = {}
+    splits, origin = {}, {}
     for path in paths:
-        archive = Archive(path)
-        classes = by_folder(archive, archive.image_names())
-        splits[path.stem] = {name.removeprefix(f"{path.stem}/"): images for name, images in classes.items()}
+        split = split_of(path.stem)
+        if split in splits:
+            fail(f"{origin[split]} and {path} are both a {split} split: keep one of them")
+        splits[split], origin[split] = class_folders(Archive(path), path.stem), path
     return splits
+
+
+def check_classes(mode, names):
+    """Fail if a class stands in two splits, so that tests would show classes known from training. names: {split: [class]}.
+
+    Sets of a single class in each split, such as faces, know no new classes and may share its name.
+    """
+    if os.environ.get("FEWSHOT_ALLOW_SHARED_CLASSES") == "1" or max(map(len, names.values()), default=0) < 2:
+        return
+    seen = {}
+    for split, classes in names.items():
+        for name in classes:
+            parts = [part for part in name.split("/") if split_of(part) is None]
+            plain = "/".join(parts) or name
+            first = seen.setdefault(plain, split)
+            if first != split:
+                fail(
+                    f"{mode}: class {plain} stands in {first} and in {split}: the splits must have different classes; "
+                    "rename or remove one of the two (FEWSHOT_ALLOW_SHARED_CLASSES=1 allows it)"
+                )
 
 
 def import_omniglot(paths):
@@ -87,7 +154,11 @@ def import_miniimagenet_pickles(paths):
     """mini-imagenet-cache-{train,val,test}.pkl: {"image_data": uint8 (n, 84, 84, 3), "class_dict": {class: [index]}}."""
     splits = {}
     for split, path in zip(SPLITS, paths):
-        with open(path, "rb") as file:
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            fail(f"{path}: cannot be read as a file ({error.strerror}): fetch it again")
+        with file:
             content = read_pickle(path, file)
         try:
             pixels = Pixels(path, content["image_data"])
@@ -108,7 +179,7 @@ def import_miniimagenet_images(paths):
     by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
     splits = {}
     for split, table in zip(SPLITS, tables):
-        with open(table, newline="") as file:
+        with io.StringIO(text_of(table.read_bytes()), newline="") as file:
             rows = csv.DictReader(file)
             if rows.fieldnames != ["filename", "label"]:
                 fail(
@@ -123,13 +194,25 @@ def import_miniimagenet_images(paths):
     return splits
 
 
+def cifar_pickle(archive, name, keys):
+    """The pickle of that name in the archive; fail if it lacks one of the keys, as CIFAR-10 does."""
+    content = read_pickle(archive.path, archive.read(archive.find(name)))
+    missing = [key for key in keys if key not in content]
+    if missing:
+        fail(f"{archive.path}: {name} has no {missing[0]}: not the published CIFAR-100; {archive.remedy}")
+    return content
+
+
 def import_fc100(paths):
     """cifar-100-python: pickles `train` and `test` (merged: 600 images a class) and `meta`; split by superclass."""
     archive = Archive(paths[0])
-    fine_names = read_pickle(archive.path, archive.read(archive.find("meta")))["fine_label_names"]
+    meta = cifar_pickle(archive, "meta", ["fine_label_names"])
+    fine_names = [
+        name.decode("latin1") if isinstance(name, bytes) else name for name in meta["fine_label_names"]
+    ]
     splits = {split: {} for split in SPLITS}
     for part in ("train", "test"):
-        content = read_pickle(archive.path, archive.read(archive.find(part)))
+        content = cifar_pickle(archive, part, ["data", "fine_labels", "coarse_labels"])
         pixels = Pixels(archive.path, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         for row, (fine, coarse) in enumerate(zip(content["fine_labels"], content["coarse_labels"])):
             split = next((s for s in FC100 if coarse in FC100[s]), "train")
@@ -160,10 +243,12 @@ def import_aircraft(paths):
     """
     archive = Archive(paths[0])
     data = archive.find("data/variants.txt").rpartition("/")[0]
-    classes = {name: [] for name in archive.read(f"{data}/variants.txt").decode().splitlines() if name}
+    classes = {name: [] for name in text_of(archive.read(f"{data}/variants.txt")).splitlines() if name}
     archive.check("variants", len(classes), 100)
     for part in ("trainval", "test"):
-        for line in archive.read(f"{data}/images_variant_{part}.txt").decode().splitlines():
+        for line in text_of(archive.read(f"{data}/images_variant_{part}.txt")).splitlines():
+            if not line.strip():
+                continue
             number, _, variant = line.partition(" ")
             if variant not in classes:
                 fail(f"{archive.path}: its variants.txt lacks {variant}: {archive.remedy}")
@@ -179,8 +264,10 @@ def import_celeba(paths):
     archive, table = Archive(paths[0]), paths[1]
     by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
     splits = {split: {"all": []} for split in SPLITS}
-    for line in table.read_text(errors="replace").splitlines():
-        name, _, part = line.partition(" ")
+    for line in text_of(table.read_bytes()).splitlines():
+        name, _, part = line.replace(",", " ").partition(" ")
+        if name in ("", "image_id"):  # a blank line, or the heading of the table on Kaggle
+            continue
         if part.strip() not in ("0", "1", "2"):
             fail(f"{table}: a line is not of the form 000001.jpg 0 ({line[:40]}): fetch it again")
         if name not in by_name:
@@ -218,7 +305,11 @@ LAYOUTS = {
     "cub": Layout((("CUB_200_2011.tgz", "CUB_200_2011"),), import_cub),
     "aircraft": Layout((("fgvc-aircraft-2013b.tar.gz", "fgvc-aircraft-2013b"),), import_aircraft),
     "celeba": Layout(
-        (("img_align_celeba.zip", "img_align_celeba"), ("list_eval_partition.txt",)), import_celeba
+        (
+            ("img_align_celeba.zip", "img_align_celeba"),
+            ("list_eval_partition.txt", "list_eval_partition.csv"),
+        ),
+        import_celeba,
     ),
 }
 MINIIMAGENET_IMAGES = Layout(

@@ -441,6 +441,7 @@ def lock(folder):
     """
     if fcntl is None:
         return None
+    me = f"process {os.getpid()} on {platform.node()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open as long as the run lives)
@@ -451,12 +452,14 @@ def lock(folder):
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
+        if owner == me:  # an earlier run of this process, which is over
+            return file
         fail(f"--out {folder} is in use by {owner}: wait for it, or give another --out")
     except OSError:  # a file system without locks
         return file
     with contextlib.suppress(OSError):  # no room for a name: the lock holds all the same
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(me)
         file.flush()
     return file
 

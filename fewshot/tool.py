@@ -134,12 +134,8 @@ def main(Episodes):
         for mode in modes:
             path = args.out or f"episode-{mode}.png"
             paths = (find_source(mode, args.data_root) or ("", ()))[1]
-            if (
-                mode == "scenes"
-                or (not args.synthetic
-                and paths
-                and mode not in LAYOUTS
-                and depth_folders(paths))
+            if mode == "scenes" or (
+                not args.synthetic and paths and mode not in LAYOUTS and depth_folders(paths)
             ):
                 show_scenes(
                     mode, args.split, args.image_size, args.task, path, args.data_root, args.cache_dir

@@ -15,8 +15,8 @@ import data
 import modgrad
 from fewshot.cache import decode, find_source
 from fewshot.synthetic import draw_synthetic
-from tools.bench import SCRIPTS
 
+SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}  # and the modulation measured
 VARIANTS = ("loop", "vmap", "unfold", "compiled", "captured")
 
 
@@ -448,7 +448,7 @@ def prepare_reuse(words, args, shots):
         ]
     )
     params = {k: w.to(options.device).requires_grad_() for k, w in afr.init_params(options).items()}
-    batches = data.MetaTasks(options, "train").tasks(0, args.meta_batch)
+    batches = afr.MetaTasks(options, "train").tasks(0, args.meta_batch)
     task, kind, epsilon = data.Task(*(x[0] for x in batches[0])), "classification", afr.draws(0, options)
 
     def train():

@@ -65,6 +65,7 @@ from PIL import Image
 import data
 from tools.baselines import (
     PEERS,
+    SCRIPTS,
     VARIANTS,
     DecodingLoader,
     prepare_adaptation,
@@ -85,7 +86,6 @@ ADAPTATIONS = [
     *(["--algorithm", algorithm] for algorithm in ("modgrad", "metasgd", "cavia", "tnet")),
 ]
 REUSE = [["--algorithm", "maml"], *(["--modulation", modulation] for modulation in ("none", "am", "pam"))]
-SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}  # and the modulation measured
 
 
 def bench_loader(args, shots):

@@ -76,10 +76,14 @@ def by_seed(rows, reference, modes):
     }
     if len(seeds) < 2:
         return ""
+    plain = [name for name, _ in runs if name.split(",")[0] == reference]
+    base_name = (
+        reference if reference in plain or not plain else min(plain, key=len)
+    )  # its own learning rate, where all were tuned
 
     def cells(protocol, minus):
         def cell(name):
-            of = [(runs.get((name, seed)), runs.get((reference, seed))) for seed in seeds]
+            of = [(runs.get((name, seed)), runs.get((base_name, seed))) for seed in seeds]
             return ", ".join(
                 show(difference(run, base, protocol, modes), "+")
                 if run and base and minus and run is not base

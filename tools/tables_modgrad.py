@@ -43,6 +43,7 @@ def read_modgrad(folders):
                 "inner_clip": 20.0,
                 "first_order": False,
                 "augment": False,
+                "start_at_one": False,
             }
             scores = [
                 {

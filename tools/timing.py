@@ -1,5 +1,6 @@
 """Clocks, memory, a busy neighbour: how bench.py measures."""
 
+import contextlib
 import multiprocessing
 import re
 import resource
@@ -73,6 +74,7 @@ def spin():
         pass
 
 
+@contextlib.contextmanager
 def neighbour(busy):
     """Another process that spins meanwhile, if `busy`."""
     if not busy:
