@@ -151,6 +151,7 @@ def make_afr_task(kind, tasks=None, seed=0):
 @pytest.fixture
 def few_scenes(monkeypatch):
     """Some of the domains and images: enough to sample from, and quick to draw."""
+    monkeypatch.setattr(fewshot_scenes, "SCENES_FORMAT", "few")  # caches are named by it
     monkeypatch.setattr(fewshot_scenes, "SCENE_IMAGES", 32)
     monkeypatch.setattr(fewshot_scenes, "SCENE_DOMAINS", {"train": 3, "val": 2, "test": 2})
     monkeypatch.setattr(fewshot_scenes, "SCENE_CLASSES", {"train": 4, "val": 4, "test": 4})

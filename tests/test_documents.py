@@ -126,6 +126,7 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
     two seconds a command."""
     monkeypatch.chdir(tmp_path)
     for name, few in (
+        ("SCENES_FORMAT", "readme"),  # caches are named by it
         ("SCENE_IMAGES", 96),
         ("SCENE_DOMAINS", dict.fromkeys(fewshot_published.SPLITS, 2)),
         ("SCENE_CLASSES", dict.fromkeys(fewshot_published.SPLITS, 6)),
