@@ -78,7 +78,9 @@ AT_LEAST = {  # smallest value of a number; 0 for all others
     ),
     **dict.fromkeys(("rank", "context", "log_every", "save_every", "workers"), 1),
 }
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # the terminal is closed
+    SIGNALS.append(signal.SIGHUP)
 OUR_FILES = ("checkpoint.pt", "log.jsonl", "result.json")
 
 
@@ -272,6 +274,8 @@ class Run:
         args = self.args
         first = self.done
         self.lines = self.earlier_lines()
+        if not self.checkpoint:  # a result that stands here is another run's
+            (self.folder / "result.json").unlink(missing_ok=True)
         self.catch_signals()
         self.begun = time.perf_counter()
         try:
@@ -306,7 +310,7 @@ class Run:
         self.bar.write(f"about {minutes:.0f} min to the end{advice}", sys.stderr)
 
     def catch_signals(self):
-        """Let the first Ctrl-C or SIGTERM end the run with a checkpoint, and a second one at once."""
+        """Let the first Ctrl-C, SIGTERM or SIGHUP end the run with a checkpoint, and a second one at once."""
 
         def stop(number, _):
             self.stopped_by = self.stopped_by or f"signal {number}"

@@ -426,3 +426,54 @@ def test_real_images_from_end_to_end(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "77.02" not in printed, "28 px and 8 channels are not the paper's cell"
     assert json.loads((tmp_path / "result.json").read_text())["synthetic"] is False
+
+
+def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path, cache, monkeypatch):
+    """SIGHUP in the middle of training, as SIGTERM."""
+    original = kml.run_tasks
+    seen = []
+
+    def hung_up(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kml, "run_tasks", hung_up)
+    call(kml, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 3
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_result_without_its_checkpoint_is_not_reported_as_this_runs(tmp_path, cache, monkeypatch):
+    words = [*TINY, "--cache-dir", cache, "--out", tmp_path]
+    call(kml, monkeypatch, *words)
+    (tmp_path / "checkpoint.pt").unlink()
+    call(kml, monkeypatch, *words, "--lr", 0.1, "--stop-after", 0)
+    assert not (tmp_path / "result.json").exists()
+    call(kml, monkeypatch, *words, "--lr", 0.1)
+    assert json.loads((tmp_path / "result.json").read_text())["args"]["lr"] == 0.1
+
+
+def test_two_processes_with_one_folder(tmp_path, cache):
+    """The second refuses and names the first; a lock does not outlive its process."""
+    words = [*TINY, "--cache-dir", cache, "--out", tmp_path]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(folder=str(tmp_path))], cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    done = run("kml.py", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"in use by process {holder.pid}" in done.stderr
+    holder.kill()
+    holder.wait()
+    assert run("kml.py", *words).returncode == 0
+
+
+HOLD = """
+import pathlib, sys, time
+from fewshot.run import lock
+held = lock(pathlib.Path("{folder}"))
+print("held", flush=True)
+time.sleep(60)
+"""
