@@ -27,7 +27,7 @@ Run:  python mprotonet.py --synthetic --quick     a minute on two CPU cores, no 
       python mprotonet.py --modes omniglot miniimagenet --shots 5 --modulation film
 
 The released KML code does three things that its paper does not say. Here they are flags, and off by default:
---no-residual, --embed query, --transductive; --official is all three. (Its bugs are left out: see README.) Its
+--no-residual, --embed query, --transductive; --official is all three. (Its bugs are left out: see docs/protocol.md.) Its
 ProtoNet, without modulation, is transductive too: --modulation none --official.
 """
 

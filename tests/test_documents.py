@@ -38,6 +38,12 @@ from tests.helpers import (
 from tools import attention_report, bench, bench_gpu, inspect_gradients, reading
 
 
+def documents():
+    """README and what it links to, as one text."""
+    names = ("README.md", "RESULTS.md", "docs/protocol.md", "docs/speed.md")
+    return "\n".join((HERE / name).read_text() for name in names)
+
+
 def code_lines(path):
     """The lines of a script without comments, docstrings and blank lines."""
     source = Path(path).read_text()
@@ -284,9 +290,7 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
 
 def test_readme_defaults_are_the_defaults():
     """The table of defaults: `--flag` | paper | ours | released code."""
-    rows = re.findall(
-        r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \| ([^|]*?) \|", (HERE / "README.md").read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \| ([^|]*?) \|", documents(), re.MULTILINE)
     assert len(rows) >= 15
     for module, column in ((kml, 0), (mmaml, 0), (mprotonet, 1)):
         args = vars(get_args(module))
@@ -366,7 +370,7 @@ def test_committed_results_are_whole():
 
 
 def test_readme_says_what_the_result_files_say(tmp_path):
-    readme = (HERE / "README.md").read_text()
+    readme = documents()
     runs = {"/".join(run["file"].relative_to(RESULTS).parts[:-1]): run for run in reading.read([RESULTS])}
     for method in ("maml", "mmaml", "mmaml+kml"):
         run_ = runs[f"28px/2mode/5shot/{method}"]
@@ -439,8 +443,8 @@ def test_readme_says_what_the_result_files_say(tmp_path):
 
 def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
     """Tables and numbers of the section stand in the result files; without result files it has none of either."""
-    readme = (HERE / "README.md").read_text()
-    section = re.split(r"\n###? ", readme[readme.index("### ModGrad and its rivals") :])[0]
+    readme = documents()
+    section = re.split(r"\n##? ", readme[readme.index("## ModGrad and its baselines at 84 px") :])[0]
     known = (RESULTS / "tables.md").read_text().split("\n")
     for file in sorted(RESULTS.glob("modgrad*/gradients/*/gradients.json")):
         found = json.loads(file.read_text())["found"]
@@ -462,16 +466,16 @@ def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
 @pytest.mark.parametrize(
     "head, least, numbers",
     [
-        ("### Transference between tasks", 12, 8),
-        ("### 2D navigation", 13, 4),
-        ("### Half-cheetah, forwards or backwards", 9, 2),
-        ("### Multi-shot learning on real alphabets", 20, 2),
-        ("### Image completion on real faces", 11, 4),
+        ("\n## Transference between tasks\n", 12, 8),
+        ("\n## 2D navigation\n", 13, 4),
+        ("\n## Half-cheetah, forwards or backwards\n", 9, 2),
+        ("\n## Multi-shot learning on real alphabets\n", 20, 2),
+        ("\n## Image completion on real faces\n", 11, 4),
     ],
 )
 def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
-    readme = (HERE / "README.md").read_text()
-    section = re.split(r"\n###? ", readme[readme.index(head) :])[0]
+    readme = documents()
+    section = re.split(r"\n##? ", readme[readme.index(head) + 1 :])[0]
     known = (RESULTS / "tables.md").read_text().split("\n")
     lines = [line for line in section.split("\n") if line.startswith("|")]
     assert len(lines) >= least
@@ -485,7 +489,7 @@ def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, 
 
 
 def test_readme_shows_the_measured_speeds():
-    readme, shown = (HERE / "README.md").read_text().split("\n"), 0
+    readme, shown = documents().split("\n"), 0
     for path in RESULTS.glob("bench-*.json"):
         record = json.loads(path.read_text())
         args = argparse.Namespace(**record.get("args", {}))
@@ -507,7 +511,7 @@ def test_readme_shows_the_measured_speeds():
 
 
 def test_transference_results_name_their_commit_or_the_readme_says_that_they_do_not():
-    readme, nameless = (HERE / "README.md").read_text(), set()
+    readme, nameless = documents(), set()
     for file in RESULTS.glob("transference/*/transference.json"):
         if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", json.loads(file.read_text()).get("commit", "")):
             nameless.add(file.parent.name)
@@ -525,12 +529,12 @@ def test_committed_tables_are_those_of_the_result_files(tmp_path):
         "how a run departed from its command is said beside its numbers"
     )
     by_seed = text[text.index("| configuration") :].split("\n\n")[0]
-    assert by_seed in (HERE / "README.md").read_text()
+    assert by_seed in documents()
     assert all((RESULTS / file).exists() for file in re.findall(r"\((curves[^)]*)\)", text))
 
 
 def test_readme_says_what_was_found_inside_the_modulation():
-    readme = (HERE / "README.md").read_text()
+    readme = documents()
     found = [
         row
         for folder in ("residual", "42px")
@@ -549,3 +553,12 @@ def test_readme_says_what_was_found_inside_the_modulation():
         name = "W * M" if row["no_residual"] else "W * (1 + M)"
         long = ", 10,000 iterations" * (row["iteration"] == 10000)
         assert f"| {name}, seed {row['seed']}{long} | {' | '.join(cells)} |" in readme
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    assert len((HERE / "README.md").read_text().splitlines()) <= 250
+    for name in ("README.md", "RESULTS.md", "docs/protocol.md", "docs/speed.md"):
+        file = HERE / name
+        for link in re.findall(r"\]\(([^)#]+)", file.read_text()):
+            if not link.startswith("http"):
+                assert (file.parent / link).exists(), f"{name}: {link}"
