@@ -17,20 +17,15 @@ seen. Where images come from: fewshot/cache.py. What keeps the records of a run:
 """
 
 import hashlib
-import json
 
 import numpy as np
 import torch
 
 from fewshot import tool
-from fewshot.cache import canonical_mode, prepare
+from fewshot.cache import check_enough, prepare
 from fewshot.draws import distinct, uniform
 from fewshot.files import atomic_write, fail
-from fewshot.intervals import student
-from fewshot.parallel import cores, in_threads, recorded
-from fewshot.published import LAYOUTS, SPLITS
-from fewshot.run import (
-    Run,
+from fewshot.flags import (
     add_data_flags,
     add_device_flags,
     add_run_flags,
@@ -40,6 +35,12 @@ from fewshot.run import (
     parse,
     reset_unused,
 )
+from fewshot.intervals import student
+from fewshot.names import canonical_mode
+from fewshot.parallel import cores, in_threads, recorded
+from fewshot.published import LAYOUTS, SPLITS
+from fewshot.run import Run
+from fewshot.store import content_of, open_split
 from fewshot.subtasks import Scenes
 from fewshot.task import Task
 
@@ -53,7 +54,7 @@ class Episodes:
     Args:
         modes: names of the M modes. split: "train", "val" or "test". ways, shots, queries: N, K, Q. image_size: S, pixels.
         seed: of training tasks; None for val and test, whose tasks are the same for every run. device: where images live
-        and tasks are assembled. root, cache_dir, synthetic: see fewshot.cache.prepare.
+        and tasks are assembled. root, cache_dir, synthetic, allow_shared: see fewshot.cache.prepare.
 
     Exits with status 2 if a class has fewer than K + Q images or a split fewer than N classes.
     """
@@ -61,25 +62,23 @@ class Episodes:
     BLOCK = 256  # tasks of one mode that are drawn together; part of what defines a task
 
     def __init__(
-        self, modes, split, ways, shots, queries, image_size, seed=None,
-        device="cpu", root="data", cache_dir=".cache", synthetic=False,
+        self, modes, split, ways, shots, queries, image_size, seed=None, device="cpu",
+        root="data", cache_dir=".cache", synthetic=False, allow_shared=False,
     ):  # fmt: skip
         self.modes = [canonical_mode(mode, root) for mode in modes]
         self.split, self.seed = split, seed
         self.ways, self.shots = ways, shots
         self.queries, self.size = queries, image_size
         self.device, self.synthetic = torch.device(device), synthetic
-        self.images, self.folders = (
-            [],
-            [],
-        )  # of each mode: (n, S, S, C) uint8, and the name of what they were made from
+        self.images = []  # of each mode: (n, S, S, C) uint8
+        self.folders = []  # of each mode: the name of what its images were made from
+        self.contents = {}  # of each mode: a hash of its images and classes
         self.class_names, self.counts, self.offsets = [], [], []  # of each mode, by class
         self.drawn = {}  # (mode, block): what `draw` returned
         if len(set(self.modes)) < len(self.modes):
             fail(f"--modes names a data set twice: {' '.join(self.modes)}")
         for mode in self.modes:
-            folder = prepare(mode, image_size, root, cache_dir, synthetic)
-            self.open(mode, folder)
+            self.open(mode, prepare(mode, image_size, root, cache_dir, synthetic, allow_shared))
 
     @classmethod
     def of(cls, args, split):
@@ -87,37 +86,30 @@ class Episodes:
         task = args.ways, args.shots, args.queries, args.image_size
         seed = args.seed if split == "train" else None
         where = args.device, args.data_root, args.cache_dir, args.synthetic
-        return cls(args.modes, split, *task, seed, *where)
+        return cls(
+            args.modes, split, *task, seed, *where, allow_shared=vars(args).get("allow_shared_classes", False)
+        )
 
     def open(self, mode, folder):
         """Map the images of a mode into memory, and check that there are enough."""
-        classes = json.loads((folder / "classes.json").read_text()).get(self.split, [])
-        where, needed = f"{mode}/{self.split}", self.shots + self.queries
-        if len(classes) < self.ways:
-            fail(
-                f"{where} has {len(classes)} classes, fewer than {self.ways} ways: lower --ways or add classes"
-            )
-        name, least = min(classes, key=lambda item: item[1])
-        if least < needed:
-            need = f"{self.shots} shots + {self.queries} queries need {needed}"
-            fail(
-                f"{where}: class {name} has {least} images, {need}: lower --shots or --queries, or add images"
-            )
-        pixels = torch.from_numpy(np.load(folder / f"{self.split}.npy", mmap_mode="c"))  # (n, S, S, C)
+        classes, pixels = open_split(folder, self.split)
+        check_enough(f"{mode}/{self.split}", classes, self.ways, self.shots, self.queries)
         pixels = pixels.to(self.device)  # on the CPU they stay on disk, paged in as needed
         if mode == "omniglot" and self.device.type != "cpu":  # room for the images turned in all four ways
             pixels = torch.cat([torch.rot90(pixels, quarter, (1, 2)) for quarter in range(4)])
         counts = np.array([count for _, count in classes])
         self.images.append(pixels)
         self.folders.append(folder.name)
+        self.contents[mode] = content_of(folder)
         self.class_names.append([name for name, _ in classes])
         self.counts.append(counts)
         self.offsets.append(np.cumsum(counts) - counts)
 
     def draw(self, m, block):
-        """Tasks block * 256 .. + 255 of mode m, drawn at once -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
+        """Draw tasks block * 256 .. + 255 of mode m -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
         name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
-        T, N, k = self.BLOCK, self.ways, self.shots + self.queries
+        T, N = self.BLOCK, self.ways
+        k = self.shots + self.queries
         u = uniform(name, block, T * N * (k + 2))
         u_class, u_image, u_turn = np.split(u, [T * N, T * N * (1 + k)])
         counts = self.counts[m]
@@ -132,16 +124,16 @@ class Episodes:
         Rows are on the device. Omniglot has 4 n rows for its n images: row r + turn * n is image r, turned.
         """
         blocks = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1)
-        self.drawn = {key: x for key, x in self.drawn.items() if key[0] != m or key[1] in blocks}
+        for key in list(self.drawn):
+            if key[0] == m and key[1] not in blocks:
+                del self.drawn[key]
         for block in blocks:
             if (m, block) not in self.drawn:
                 classes, images, turns = self.draw(m, block)
                 rows = torch.from_numpy(self.offsets[m][classes][..., None] + images)
                 if self.modes[m] == "omniglot":
                     rows += torch.from_numpy(turns)[..., None] * self.counts[m].sum()
-                rows = rows.to(
-                    self.device
-                )  # makes the host wait for the device: so once per block, not per batch
+                rows = rows.to(self.device)  # the host waits for the device: so once per block, not per batch
                 self.drawn[m, block] = classes, images, turns, rows
         start = first - blocks[0] * self.BLOCK
         places = slice(start, start + count)
@@ -150,7 +142,7 @@ class Episodes:
         return [*arrays, torch.cat(rows)[places]]
 
     def tasks(self, first, count):
-        """Tasks number first .. first + count - 1 over all modes, on the device -> Task with a leading dimension `count`."""
+        """Draw tasks number first .. first + count - 1 over all modes -> Task with a leading dimension `count`."""
         N, K, Q, S, M = self.ways, self.shots, self.queries, self.size, len(self.modes)
         support, query = self.empty(count, K), self.empty(count, Q)
         for m in range(M):
@@ -161,10 +153,13 @@ class Episodes:
             *_, rows = self.indices(m, (first + turn) // M, len(range(count)[places]))
             pixels = self.pixels(m, rows.reshape(-1)).view(*rows.shape, S, S, -1)  # (tasks, N, K+Q, S, S, C)
             pixels = pixels.permute(0, 1, 2, 5, 3, 4)
-            support[places], query[places] = pixels[:, :, :K], pixels[:, :, K:]  # to float, C to 3 channels
+            support[places] = pixels[:, :, :K]  # to float, C to 3 channels
+            query[places] = pixels[:, :, K:]
         labels = torch.arange(N, device=self.device)
-        support_y, query_y = (labels.repeat_interleave(k).expand(count, -1) for k in (K, Q))
-        support_x, query_x = (x.div_(255).view(count, -1, 3, S, S) for x in (support, query))
+        support_y = labels.repeat_interleave(K).expand(count, -1)
+        query_y = labels.repeat_interleave(Q).expand(count, -1)
+        support_x = support.div_(255).view(count, N * K, 3, S, S)
+        query_x = query.div_(255).view(count, N * Q, 3, S, S)
         return Task(support_x, support_y, query_x, query_y, (first + torch.arange(count)) % M)
 
     def empty(self, count, k):
@@ -202,7 +197,8 @@ class Episodes:
         """A hash of the first `count` tasks: modes, names and sizes of their classes, and the indices drawn."""
         digest = hashlib.sha256()
         for m, mode in enumerate(self.modes):
-            digest.update(f"{mode} {self.class_names[m]} {self.counts[m].tolist()}".encode())
+            names = f"{mode} {self.class_names[m]} {self.counts[m].tolist()}"
+            digest.update(names.encode(errors="surrogateescape"))
             if tasks := len(range(m, count, len(self.modes))):
                 for array in self.indices(m, 0, tasks)[:3]:
                     digest.update(array.astype("<i8").tobytes())

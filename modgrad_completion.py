@@ -47,10 +47,12 @@ from data import (
     add_run_flags,
     canonical_mode,
     complete,
+    content_of,
     distinct,
     fail,
     fill,
     new_parser,
+    open_split,
     parse,
     prepare,
     reset_unused,
@@ -122,7 +124,10 @@ class Completions:
             fail(f"--pixels {pixels}: an image has {image_size**2}; give a number from 1 to that")
         folder = prepare(mode, image_size, root, cache_dir, synthetic)
         self.folders = [folder.name]  # names what the images were made from
-        images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))  # (n, S, S, C) uint8
+        self.contents = {mode: content_of(folder)}
+        _, images = open_split(folder, split)  # (n, S, S, C) uint8
+        if images is None:
+            fail(f"{mode} has no {split} split: add a folder {split} of class folders beside the others")
         self.images = images.to(self.device).flatten(1, 2)  # (n, S*S, C)
         n = len(images)
         u = uniform(f"order of {self.mode} {split}", 0, n)
@@ -592,7 +597,7 @@ def check(args):
 def main():
     args = get_args()
     test = Completions.of(args, "test")
-    run = Run(args)
+    run = Run(args, test)
     params = run.params(init_params(args))
     if run.unfinished:
         train(params, args, run)

@@ -612,7 +612,7 @@ def main():
     if args.device == "cpu":
         torch.set_num_threads(1)  # run_tasks has tasks side by side instead
     test = episodes_of(args, "test")
-    run = Run(args)
+    run = Run(args, test)
     params = run.params(init_params(args))
     if run.unfinished:
         train(params, args, run)

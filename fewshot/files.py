@@ -39,6 +39,62 @@ def atomic_write(path, content):
         fail(f"cannot write {path} ({error}): make room or choose another place; nothing was changed")
 
 
-def files_under(folder):
-    """All files below a folder, sorted, through links too: class folders are often links to another disk."""
-    return sorted(Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names)
+class Steady:
+    """A stream of text that outlives its reader: when it can no longer be written to, what comes is dropped.
+
+    So a run whose output was piped to `head`, or whose terminal or disk is gone, goes on to its result file.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.give_up()
+
+    def give_up(self):
+        """Send what is still to come nowhere, what waits in buffers included."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def steady_output():
+    """Let no text, and no reader that goes away, end a run: see `Steady`. Ctrl-C ends with one line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before Python started
+            stream = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+        if isinstance(stream, Steady):
+            continue
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+        setattr(sys, name, Steady(stream))
+    sys.excepthook = one_line
+
+
+def one_line(kind, error, trace):
+    """Show an exception that nobody caught: Ctrl-C and files that cannot be used in one line, the rest in full."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted; the same command begins where the last checkpoint was written", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.filename:
+        name = Path(sys.argv[0]).name
+        print(
+            f"{name}: error: {error.filename}: {error.strerror}: make it usable, or name another",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(2)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -105,24 +105,23 @@ def import_class_folders(paths):
     return splits
 
 
-def check_classes(mode, names):
-    """Fail if a class stands in two splits, so that tests would show classes known from training. names: {split: [class]}.
+def check_classes(splits):
+    """Find a class that stands in two splits, so that tests would show classes known from training -> text, or "".
 
-    Sets of a single class in each split, such as faces, know no new classes and may share its name.
+    splits: {split: {class: images}}. Sets of a single class per split, such as faces, know no new classes and may share
+    its name.
     """
-    if os.environ.get("FEWSHOT_ALLOW_SHARED_CLASSES") == "1" or max(map(len, names.values()), default=0) < 2:
-        return
+    if max(map(len, splits.values()), default=0) < 2:
+        return ""
     seen = {}
-    for split, classes in names.items():
+    for split, classes in splits.items():
         for name in classes:
             parts = [part for part in name.split("/") if split_of(part) is None]
             plain = "/".join(parts) or name
             first = seen.setdefault(plain, split)
             if first != split:
-                fail(
-                    f"{mode}: class {plain} stands in {first} and in {split}: the splits must have different classes; "
-                    "rename or remove one of the two (FEWSHOT_ALLOW_SHARED_CLASSES=1 allows it)"
-                )
+                return f"class {plain} stands in {first} and in {split}: rename or remove one of the two"
+    return ""
 
 
 def import_omniglot(paths):

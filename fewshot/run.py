@@ -1,4 +1,4 @@
-"""The folder of a training run: flags common to all scripts, checkpoint, log, progress bar, signals, result file.
+"""The folder of a training run: checkpoint, log, progress bar, signals, result file. Its flags: fewshot/flags.py.
 
 No mathematics of any paper is in here: what decides a parameter or an accuracy stands in the scripts.
 
@@ -25,198 +25,24 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from fewshot.files import atomic_write, fail
-from fewshot.parallel import cores
+from fewshot.flags import identity
 
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one --out are not noticed there
     fcntl = None
 
-# What args holds that does not change what is learned: runs that differ in nothing else are the same run.
-NOT_IDENTITY = {
-    *(
-        "iterations",
-        "test_tasks",
-        "val_tasks",
-        "val_every",
-        "log_every",
-        "save_every",
-        "keep_every",
-        "stop_after",
-    ),
-    *(
-        "device",
-        "workers",
-        "eager",
-        "data_root",
-        "cache_dir",
-        "out",
-        "eval_only",
-        "overwrite",
-        "quick",
-        "official",
-    ),
-    *("title", "variant", "strata", "transfer", "test_steps", "test_updates", "halve_test_lr"),
-    *(
-        "picture",
-        "runs",
-        "attention_report",
-        "report_tasks",
-    ),  # flags that checkpoints of earlier versions may name
-}
-AT_LEAST = {  # smallest value of a number; 0 for all others
-    **dict.fromkeys(("ways", "test_tasks", "val_tasks", "batch"), 2),
-    **dict.fromkeys(
-        ("shots", "queries", "channels", "filters", "hidden", "pixels", "meta_batch", "steps", "test_steps"),
-        1,
-    ),
-    **dict.fromkeys(("rank", "context", "log_every", "save_every", "workers"), 1),
-}
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # the terminal is closed
     SIGNALS.append(signal.SIGHUP)
 OUR_FILES = ("checkpoint.pt", "log.jsonl", "result.json")
-
-
-# ------------------------------------------------------------------------------------------------------ flags
-
-
-def new_parser(docstring, legend):
-    """An argument parser that describes itself by the first line of `docstring`, and ends errors by one line."""
-    about = docstring.strip().split("\n")[0]
-    parser = argparse.ArgumentParser(description=f"{about} {legend}", allow_abbrev=False)
-    parser.error = fail
-    return parser
-
-
-def add_data_flags(p, synthetic="procedural stand-ins for the modes: no download"):
-    """Add the flags that say where images come from."""
-    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
-    p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
-    p.add_argument("--synthetic", action="store_true", help=synthetic)
-
-
-def add_device_flags(p, threads=True, graph=False, precision="bf16: convolutions only"):
-    """Add the flags that say where and how fast to compute. threads, graph, precision: which of them a script has."""
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    if threads:
-        p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
-    if graph:
-        p.add_argument("--eager", action="store_true", help="GPU: kernel by kernel, not a recorded graph")
-    if precision:
-        p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help=precision)
-
-
-def add_run_flags(p, quick, keep="iterations between kept parameters"):
-    """Add the flags of the run's folder. quick: the presets of --quick."""
-    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {quick}")
-    p.add_argument("--out", help="folder of the run (runs/<name>); the same command continues it")
-    p.add_argument("--log-every", type=int, default=50, help="iterations")
-    p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
-    p.add_argument("--keep-every", type=int, default=0, help=keep)
-    p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
-    start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
-
-
-def parse(p, argv, quick, presets=None):
-    """Read a command line -> args, and the defaults as a dict.
-
-    quick: what --quick presets. presets: a function of the flags as typed, for what flags together preset -> dict.
-    A flag that is typed wins over a preset.
-    """
-    defaults = vars(p.parse_args([]))
-    typed = p.parse_known_args(argv)[0]
-    if typed.quick:
-        p.set_defaults(**quick)
-    if presets:
-        p.set_defaults(**presets(typed))
-    return p.parse_args(argv), defaults
-
-
-def fill(args, defaults, usual):
-    """Give the flags of `usual` that were not typed the values there, which are defaults of this algorithm."""
-    for key, value in usual.items():
-        defaults[key] = value
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-
-def reset_unused(args, defaults, keys):
-    """Set flags that the method does not use to their defaults, so that they do not make it another run. Say so."""
-    for key in keys:
-        if getattr(args, key) != defaults[key]:
-            flag = key.replace("_", "-")
-            print(f"note: {args.method} does not use --{flag}, so it stays {defaults[key]}", file=sys.stderr)
-        setattr(args, key, defaults[key])
-
-
-def complete(args, defaults, data, shown, named, least=None):
-    """Work out the rest of args: --device, --out, `variant` and `title`; exit if a number is out of range.
-
-    data: the data sets, as a title names them. shown: keys that a report shows anyway, so that the title does not.
-    named: keys that the folder's name begins with, so that it does not repeat them. least: as AT_LEAST, for a script.
-    """
-    changed = {}
-    for key, value in identity(args).items():
-        if value != defaults.get(key, value) and key not in named:
-            changed[key] = value
-    if args.out is None:
-        words = [f"{key}={joined(value, '+')}" for key, value in changed.items()]
-        sets = args.modes if "modes" in args else [args.env]
-        name = "-".join([args.method, *sets, *words])
-        args.out = os.path.join("runs", name.lower())
-    args.variant = []
-    for key, value in changed.items():
-        if key not in shown:
-            flag = f"--{key.replace('_', '-')}"
-            args.variant.append(flag if value is True else f"{flag} {joined(value, ' ')}")
-    args.title = " ".join([args.method, data, *args.variant])
-    args.device = resolve_device(args.device)
-    check_numbers(args, AT_LEAST | (least or {}))
-
-
-def joined(value, by):
-    """A value as text, the elements of a list joined."""
-    return by.join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def resolve_device(name):
-    """The device that --device means: "auto" is the first GPU, or the CPU where there is none."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "auto":
-        name = gpus[0] if gpus else "cpu"
-    elif name == "cuda" and gpus:
-        name = gpus[0]
-    if name not in ("cpu", *gpus):
-        fail(f"--device {name}: not there; choose from {' '.join(['cpu', *gpus])}")
-    return name
-
-
-def check_numbers(args, least):
-    """Exit if a number is too small. Numbers of tasks are over all modes together, so each mode has to have its least."""
-    for key, value in vars(args).items():
-        if not isinstance(value, (int, float)):
-            continue
-        smallest = least.get(key, 0)
-        if key in ("test_tasks", "val_tasks"):
-            strata = args.strata if "strata" in args else vars(args).get("modes", [""])
-            smallest *= len(strata)
-        if not smallest <= value < 2**63:
-            fail(f"--{key.replace('_', '-')} {value}: give a number from {smallest} on")
-
-
-def identity(args):
-    """What makes two runs the same run -> {"method" and the arguments that change what is learned}."""
-    flags = {k: v for k, v in vars(args).items() if k not in NOT_IDENTITY}
-    return {"method": args.method} | flags
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -226,20 +52,23 @@ class Run:
     """A training run: how far it is, what was measured since the last log line, and whether it should stop.
 
     Args:
-        args: the flags, completed. estimate_after: iterations after which the time to the end is estimated.
+        args: the flags, completed. data: the sampler of test tasks, whose `contents` say which images the run is trained on.
+        estimate_after: iterations after which the time to the end is estimated.
     """
 
-    def __init__(self, args, estimate_after=20):
+    def __init__(self, args, data=None, estimate_after=20):
         self.args = args
         self.folder = Path(args.out)
+        self.data = data.contents if data else {}  # {mode: hash of its images and classes}
         self.estimate_after = estimate_after
         path = self.folder / "checkpoint.pt"
         if args.eval_only and not path.exists():
             fail(f"--eval-only, but there is no {path}: train first, or name the run by --out")
         self.lock = lock(self.folder)
+        remove_unfinished(self.folder)
         if args.overwrite:
             remove_files(self.folder)
-        self.checkpoint = load(path, args) if path.exists() else None
+        self.checkpoint = load(path, args, self.data) if path.exists() else None
         self.done = 0  # iterations
         self.seconds = 0.0  # of training
         self.window = []  # what iterations observed since the last log line
@@ -251,14 +80,31 @@ class Run:
 
     def params(self, initial):
         """The parameters to go on with: the checkpoint's, or else the initial ones; on the device, as leaves."""
-        params = self.checkpoint["params"] if self.checkpoint else initial
+        params = initial
+        if self.checkpoint:
+            params = self.checkpoint["params"]
+            wrong = differing(params, initial)
+            if wrong:
+                self.refuse(wrong)
         device = self.args.device
         return {k: w.to(device).requires_grad_() for k, w in params.items()}
 
     def restore(self, optimizer):
         """Give the optimizer the state it had at the checkpoint."""
-        if self.checkpoint:
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
+        if not self.checkpoint:
+            return
+        fresh = optimizer.state_dict()["param_groups"]
+        sizes = [w.shape for group in optimizer.param_groups for w in group["params"]]
+        state = self.checkpoint.get("optimizer")
+        wrong = wrong_state(state, fresh, sizes)
+        if wrong:
+            self.refuse(wrong)
+        optimizer.load_state_dict(state)
+
+    def refuse(self, wrong):
+        """Exit because of a damaged checkpoint."""
+        path = self.folder / "checkpoint.pt"
+        fail(f"{path} is damaged ({wrong}): start afresh with --overwrite, or give another --out")
 
     @property
     def unfinished(self):
@@ -363,10 +209,24 @@ class Run:
             print(f"{self.args.title} {self.done}/{self.args.iterations}", self.bar.postfix, flush=True)
 
     def earlier_lines(self):
-        """Log lines up to the checkpoint. Drop those after it: they will be written again."""
+        """Log lines up to the checkpoint. Drop those after it, which will be written again, and damaged ones."""
         file = self.folder / "log.jsonl"
-        lines = file.read_text().splitlines() if self.checkpoint and file.exists() else []
-        return [line for line in lines if json.loads(line)["iteration"] <= self.done]
+        if not (self.checkpoint and file.exists()):
+            return []
+        kept, last = [], 0
+        for line in file.read_text(errors="replace").splitlines():
+            iteration = iteration_of(line)
+            if iteration is None or iteration <= last:
+                print(
+                    f"note: {file} is damaged after iteration {last}: its lines up to there are kept",
+                    file=sys.stderr,
+                )
+                break
+            if iteration > self.done:
+                break
+            kept.append(line)
+            last = iteration
+        return kept
 
     # ----- checkpoints
 
@@ -378,6 +238,7 @@ class Run:
         if self.done % args.save_every == 0 or self.ending:
             checkpoint = {
                 "identity": identity(args),
+                "data": self.data,
                 "iteration": self.done,
                 "seconds": self.seconds + time.perf_counter() - self.begun,
                 "window": self.window,
@@ -386,6 +247,7 @@ class Run:
             if optimizer is not None:
                 checkpoint["optimizer"] = optimizer.state_dict()
             atomic_write(self.folder / "checkpoint.pt", checkpoint)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of an earlier checkpoint
 
     # ----- the result
 
@@ -393,19 +255,26 @@ class Run:
         """Whether training is over. If it was stopped before its end, say how to continue."""
         if self.stopped_by and self.done < self.args.iterations:
             how_far = f"at iteration {self.done} of {self.args.iterations}"
-            print(f"stopped by {self.stopped_by} {how_far}; the same command continues")
+            without = ", without --overwrite," if self.args.overwrite else ""
+            print(f"stopped by {self.stopped_by} {how_far}; the same command{without} continues")
             return False
         return True
 
     def result(self, **must_be):
-        """The stored result, if it is of this checkpoint and has these fields; else None."""
+        """The stored result, if it is of this run and checkpoint, whole, and has these fields; else None."""
         file = self.folder / "result.json"
         if not (self.checkpoint and file.exists()):
             return None
-        result = json.loads(file.read_text())
+        try:
+            result = json.loads(file.read_text())
+            flags = argparse.Namespace(**result["args"])
+            same_run = identity(flags) == identity(self.args)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            print(f"note: {file} is damaged: evaluating anew", file=sys.stderr)
+            return None
         must_be["iterations"] = self.done
         same = all(result.get(key) == value for key, value in must_be.items())
-        return result if same else None
+        return result if same and same_run else None
 
     def write_result(self, values):
         """Write result.json: what was measured, and what every result says of its run -> all of it."""
@@ -468,25 +337,106 @@ def lock(folder):
     return file
 
 
-def load(path, args):
-    """Load the checkpoint at `path`; exit if it belongs to another run, and name the flag that differs."""
+def load(path, args, data):
+    """Load the checkpoint at `path`; exit if it is damaged or belongs to another run, and name the flag that differs."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch reads over a wrong checksum
+        if damaged:
+            raise ValueError(f"{damaged} has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         here = identity(args)
         there = checkpoint["identity"]
+        check_fields(checkpoint)
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        fail(f"{path} is no checkpoint ({type(error).__name__}): choose another --out, or --overwrite")
+        why = str(error).split("\n")[0] if type(error) is ValueError else type(error).__name__
+        fail(
+            f"{path} is damaged or no checkpoint ({why}): start afresh with --overwrite, or give another --out"
+        )
     for key in here | there:
         if here.get(key) != there.get(key):
             fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
+    for mode, content in checkpoint.get("data", {}).items():
+        if data.get(mode, content) != content:
+            fail(
+                f"the images of {mode} are not those that {path.parent} was trained on: bring them back, or give another --out"
+            )
     return checkpoint
 
 
+def check_fields(checkpoint):
+    """Raise ValueError if a field of a checkpoint cannot be right."""
+    iteration, seconds = checkpoint["iteration"], checkpoint["seconds"]
+    if type(iteration) is not int or not 0 <= iteration < 2**63:
+        raise ValueError(f"iteration {iteration}")
+    if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        raise ValueError(f"seconds {seconds}")
+    if not isinstance(checkpoint["window"], list) or len(checkpoint["window"]) > iteration:
+        raise ValueError("its window is not of its iterations")
+    for w in checkpoint["window"]:
+        if not isinstance(w, torch.Tensor):
+            raise ValueError("its window holds no tensors")
+    for key, w in checkpoint["params"].items():
+        if not torch.isfinite(w).all():
+            raise ValueError(f"{key} is not finite")
+
+
+def differing(params, initial):
+    """In what the parameters of a checkpoint are not of the network's shapes -> one phrase, or ""."""
+    if params.keys() != initial.keys():
+        return f"{', '.join(sorted(params.keys() ^ initial.keys())[:3])} is there or here alone"
+    for key, w in params.items():
+        if w.shape != initial[key].shape or w.dtype != initial[key].dtype:
+            return (
+                f"{key} is {w.dtype} {tuple(w.shape)}, not {initial[key].dtype} {tuple(initial[key].shape)}"
+            )
+    return ""
+
+
+def wrong_state(state, fresh, shapes):
+    """In what an optimizer's state does not fit its parameters -> one phrase, or "". PyTorch itself would not look."""
+    try:
+        if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
+            return "the optimizer has another number of parameters"
+        for number, of in state["state"].items():
+            for key, value in of.items():
+                if key == "step" and not 0 <= float(value) < 2**53:
+                    return f"the optimizer's step is {float(value)}"
+                if key != "step" and (value.shape != shapes[number] or not torch.isfinite(value).all()):
+                    return f"the optimizer's {key} of parameter {number} does not fit"
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
+        return f"the optimizer's state is no such thing ({type(error).__name__})"
+    return ""
+
+
+def iteration_of(line):
+    """The iteration of a log line, or None if the line is damaged."""
+    try:
+        iteration = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return iteration if type(iteration) is int else None
+
+
+def remove_unfinished(folder):
+    """Remove the temporary files of killed processes: while the folder is locked, nobody else writes in it."""
+    for file in folder.glob(".*"):
+        name, _, number = file.name[1:].rpartition(".")
+        ours = name in OUR_FILES or (name.startswith("params-") and name.endswith(".pt"))
+        if ours and number.isdigit():
+            file.unlink(missing_ok=True)
+
+
 def remove_files(folder):
-    """Remove what an earlier run wrote in its folder, and nothing else."""
-    for file in folder.glob("*"):
-        if file.name in OUR_FILES or file.match("params-*.pt"):
-            file.unlink()
+    """Remove what an earlier run wrote in its folder, and nothing else: the checkpoint last, which makes it a run."""
+    try:
+        for file in sorted(folder.glob("*"), key=lambda file: file.name == "checkpoint.pt"):
+            if file.name in OUR_FILES or file.match("params-*.pt"):
+                file.unlink()
+    except OSError as error:
+        fail(
+            f"--overwrite cannot remove {error.filename} ({error.strerror}): allow it, or give another --out"
+        )
 
 
 def on_cpu(params):

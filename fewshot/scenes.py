@@ -10,7 +10,6 @@ Labels are scaled to [0, 1]: depth / 10 m, (normal + 1) / 2, the vanishing point
 """
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fewshot import store
 from fewshot.archives import Archive, by_folder, fingerprint
+from fewshot.decode import on_ground, open_image
 from fewshot.draws import Draws, uniform
-from fewshot.files import atomic_write, fail
-from fewshot.published import SPLITS
+from fewshot.files import fail
+from fewshot.published import SPLITS, split_of
 
 SCENES_FORMAT = "7d7fcf89da98"  # change when a drawn pixel would change: caches are named by it
 SCENE_CLASSES = {"train": 32, "val": 16, "test": 16}
@@ -324,46 +325,51 @@ def store_scenes(folder, split, images, depth, normals, known, domains, vanishin
         "-normals": pack((normals + 1) / 2, known[..., None]),
         "-domains": domains,
     }
-    for ending, array in (
-        arrays | ({} if vanishing is None else {"-vanishing": vanishing.astype(np.float32)})
-    ).items():
-        content = io.BytesIO()
-        np.save(content, array)
-        atomic_write(folder / f"{split}{ending}.npy", content.getvalue())
+    if vanishing is not None:
+        arrays["-vanishing"] = vanishing.astype(np.float32)
+    for ending, array in arrays.items():
+        store.write_array(folder / f"{split}{ending}.npy", array)
 
 
 def prepare_scenes(size, cache_dir):
     """The folder of the ray-cast scenes, drawn once."""
-    folder, step = Path(cache_dir) / f"scenes-{size}-{SCENES_FORMAT}", 16
-    if (folder / "classes.json").exists():
+    folder = Path(cache_dir) / f"scenes-{size}-{SCENES_FORMAT}"
+    if not store.needs_building(folder):
         return folder
+    about = f"scenes: ray-casting SYNTHETIC images of {size} px, once"
+    total = SCENE_IMAGES * sum(SCENE_DOMAINS.values())
     classes = {}
-    with tqdm(
-        total=SCENE_IMAGES * sum(SCENE_DOMAINS.values()),
-        desc=f"scenes: ray-casting SYNTHETIC images of {size} px, once",
-        unit=" images",
-        disable=None,
-        leave=False,
-    ) as bar:
+    with (
+        store.building(folder) as temporary,
+        tqdm(total=total, desc=about, unit=" images", disable=None, leave=False) as bar,
+    ):
         for split in SPLITS:
-            parts = []
-            for domain in range(SCENE_DOMAINS[split]):
-                for first in range(0, SCENE_IMAGES, step):
-                    images, depth, normals, vanishing, kinds = draw_scenes(split, domain, first, step, size)
-                    depth, normals = depth.astype(np.float32), normals.astype(np.float32)
-                    parts.append((images, depth, normals, vanishing, kinds, np.full(step, domain)))
-                    bar.update(step)
-            images, depth, normals, vanishing, kinds, domains = (np.concatenate(part) for part in zip(*parts))
-            order = np.argsort(kinds, kind="stable")  # by class, as Episodes wants it
-            images, depth, normals, vanishing, domains = (
-                x[order] for x in (images, depth, normals, vanishing, domains)
-            )
-            store_scenes(folder, split, images, depth, normals, np.ones_like(depth, bool), domains, vanishing)
-            classes[split] = [
-                [f"scenes-{split}-class-{c:02d}", int(n)] for c, n in enumerate(np.bincount(kinds))
-            ]
-    atomic_write(folder / "classes.json", json.dumps(classes))  # last: its presence says that all is there
+            kinds = draw_split(temporary, split, size, bar)
+            classes[split] = []
+            for c, count in enumerate(np.bincount(kinds)):
+                classes[split].append([f"scenes-{split}-class-{c:02d}", int(count)])
+        store.write_json(temporary / "classes.json", classes)
     return folder
+
+
+def draw_split(folder, split, size, bar):
+    """Ray-cast the scenes of one split into a cache folder -> the class of each image."""
+    step = 16  # images at a time
+    parts = []
+    for domain in range(SCENE_DOMAINS[split]):
+        for first in range(0, SCENE_IMAGES, step):
+            images, depth, normals, vanishing, kinds = draw_scenes(split, domain, first, step, size)
+            depth = depth.astype(np.float32)
+            normals = normals.astype(np.float32)
+            parts.append((images, depth, normals, vanishing, kinds, np.full(step, domain)))
+            bar.update(step)
+            store.beat(folder)
+    images, depth, normals, vanishing, kinds, domains = (np.concatenate(part) for part in zip(*parts))
+    order = np.argsort(kinds, kind="stable")  # by class, as Episodes wants it
+    known = np.ones_like(depth[order], bool)
+    arrays = images[order], depth[order], normals[order], known, domains[order]
+    store_scenes(folder, split, *arrays, vanishing=vanishing[order])
+    return kinds
 
 
 def depth_folders(paths):
@@ -383,7 +389,7 @@ def depth_folders(paths):
                             f"{archive.path}: {name} has no depth image {depth} (16 bits, millimetres): put it there, or remove "
                             "the photograph"
                         )
-                found.setdefault(path.stem, (archive, {}))[1][domain] = pairs
+                found.setdefault(split_of(path.stem), (archive, {}))[1][domain] = pairs
             elif domains:
                 fail(
                     f"{archive.path}: {domain} has no focal.txt (the focal length in pixels), as other folders have: put it there"
@@ -393,44 +399,55 @@ def depth_folders(paths):
 
 def prepare_depth_folders(mode, size, paths, found, cache_dir):
     """The folder of decoded photographs with depth. The largest square in an image's middle is used; a domain is a class, too."""
-    folder, classes = Path(cache_dir) / f"{mode}-depth-{size}-{fingerprint(paths)}", {}
-    if (folder / "classes.json").exists():
+    folder = Path(cache_dir) / f"{mode}-depth-{size}-{fingerprint(paths)}"
+    if not store.needs_building(folder):
         return folder
-    for split, (archive, domains) in found.items():
-        parts = []
-        for number, (domain, pairs) in enumerate(domains.items()):
-            text = archive.read(f"{domain}/focal.txt").decode(errors="replace").strip()
-            try:
-                focal = float(text)
-            except ValueError:
-                focal = 0
-            if not focal > 0:
-                fail(
-                    f"{archive.path}: {domain}/focal.txt holds {text[:40]!r}: write the focal length in pixels"
-                )
-            for name, beside in tqdm(pairs, desc=f"{mode}: {domain}, once", disable=None, leave=False):
-                try:
-                    image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-                    depth = Image.fromarray(
-                        np.asarray(Image.open(io.BytesIO(archive.read(beside)))).astype(np.int32)
-                    )
-                except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
-                    fail(
-                        f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it"
-                    )
-                if image.size != depth.size:
-                    fail(
-                        f"{archive.path}: {name} has {image.size} pixels, {beside} {depth.size}: they must be the same view"
-                    )
-                side = min(image.size)
-                left, upper = (image.width - side) // 2, (image.height - side) // 2
-                box = left, upper, left + side, upper + side
-                pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.LANCZOS))
-                metres = np.asarray(depth.crop(box).resize((size, size), Image.Resampling.NEAREST)) / 1000
-                normals, known = normals_from_depth(metres, focal * size / side)
-                parts.append((pixels, metres.astype(np.float32), normals.astype(np.float32), known, number))
-        images, depth, normals, known, domain_of = (np.stack(part) for part in zip(*parts))
-        store_scenes(folder, split, images, depth, normals, known, domain_of)
-        classes[split] = [[domain.removeprefix(f"{split}/"), len(pairs)] for domain, pairs in domains.items()]
-    atomic_write(folder / "classes.json", json.dumps(classes))
+    classes = {}
+    with store.building(folder) as temporary:
+        for split, (archive, domains) in found.items():
+            parts = []
+            for number, (domain, pairs) in enumerate(domains.items()):
+                focal = focal_length(archive, domain)
+                for name, beside in tqdm(pairs, desc=f"{mode}: {domain}, once", disable=None, leave=False):
+                    parts.append((*photograph_with_depth(archive, name, beside, focal, size), number))
+                store.beat(temporary)
+            images, depth, normals, known, domain_of = (np.stack(part) for part in zip(*parts))
+            store_scenes(temporary, split, images, depth, normals, known, domain_of)
+            classes[split] = []
+            for domain, pairs in domains.items():
+                classes[split].append([domain.removeprefix(f"{archive.path.stem}/"), len(pairs)])
+        store.write_json(temporary / "classes.json", classes)
     return folder
+
+
+def focal_length(archive, domain):
+    """The focal length of a domain's photographs, in pixels."""
+    text = archive.read(f"{domain}/focal.txt").decode(errors="replace").strip()
+    try:
+        focal = float(text)
+    except ValueError:
+        focal = 0
+    if not 0 < focal < np.inf:
+        fail(f"{archive.path}: {domain}/focal.txt holds {text[:40]!r}: write the focal length in pixels")
+    return focal
+
+
+def photograph_with_depth(archive, name, beside, focal, size):
+    """Read a photograph and its depth image -> pixels, depth in metres, normals, where these are known; all (size, size, ...)."""
+    try:
+        image, _ = open_image(archive.read(name))
+        image = on_ground(image).convert("RGB")
+        depth = Image.open(io.BytesIO(archive.read(beside)), formats=["PNG"])
+        depth = Image.fromarray(np.asarray(depth).astype(np.int32))
+    except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
+        fail(f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it")
+    if image.size != depth.size:
+        sizes = f"{name} has {image.size} pixels, {beside} {depth.size}"
+        fail(f"{archive.path}: {sizes}: they must be the same view")
+    side = min(image.size)
+    left, upper = (image.width - side) // 2, (image.height - side) // 2
+    box = left, upper, left + side, upper + side
+    pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.LANCZOS))
+    metres = np.asarray(depth.crop(box).resize((size, size), Image.Resampling.NEAREST)) / 1000
+    normals, known = normals_from_depth(metres, focal * size / side)
+    return pixels, metres.astype(np.float32), normals.astype(np.float32), known

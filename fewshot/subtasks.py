@@ -9,6 +9,7 @@ from fewshot.cache import prepare
 from fewshot.draws import distinct, uniform
 from fewshot.files import fail
 from fewshot.scenes import unpack
+from fewshot.store import content_of
 from fewshot.task import Task
 
 
@@ -42,6 +43,7 @@ class Scenes:
         self.device = torch.device(args.device)
         folder = prepare(mode, args.image_size, args.data_root, args.cache_dir, args.synthetic)
         self.folders = [folder.name]  # names what the images were made from
+        self.contents = {mode: content_of(folder)}
         if not (folder / f"{split}-{kind}.npy").exists():
             remedy = f"use --modes scenes (ray-cast), or leave {kind} out of --tasks"
             fail(f"{mode}/{split} has no labels for {kind}: {remedy}")

@@ -1,15 +1,14 @@
 """Procedural stand-ins for the published data sets: drawn, not downloaded."""
 
-import io
-import json
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from fewshot import store
 from fewshot.draws import Draws
-from fewshot.files import atomic_write, fail
+from fewshot.files import fail
 from fewshot.published import SPLITS
 
 # Every class is a point in a space of shapes and colours; its images show that point in different poses,
@@ -248,17 +247,15 @@ def prepare_synthetic(mode, size, cache_dir):
     if mode not in SYNTHETIC_MODES:
         fail(f"--synthetic has no stand-in for {mode}: choose from {', '.join(SYNTHETIC_MODES)}")
     folder = Path(cache_dir) / f"synthetic-{mode}-{size}-{SYNTHETIC_FORMAT}"
-    if not (folder / "classes.json").exists():
-        classes = {}
-        for split in tqdm(
-            SPLITS, desc=f"{mode}: drawing SYNTHETIC images of {size} px", disable=None, leave=False
-        ):
+    if not store.needs_building(folder):
+        return folder
+    about = f"{mode}: drawing SYNTHETIC images of {size} px"
+    classes = {}
+    with store.building(folder) as temporary:
+        for split in tqdm(SPLITS, desc=about, disable=None, leave=False):
             images, names = draw_synthetic(mode, split, size)
-            content = io.BytesIO()
-            np.save(content, images)
-            atomic_write(folder / f"{split}.npy", content.getvalue())
+            store.write_array(temporary / f"{split}.npy", images)
             classes[split] = [[name, SYNTHETIC_IMAGES] for name in names]
-        atomic_write(
-            folder / "classes.json", json.dumps(classes)
-        )  # last: its presence says that all is there
+            store.beat(temporary)
+        store.write_json(temporary / "classes.json", classes)
     return folder

@@ -162,10 +162,15 @@ def episodes(cache, modes=("omniglot", "miniimagenet"), split="train", size=28, 
     return Episodes(list(modes), split, image_size=size, seed=seed, **options)
 
 
-def picture(path, size=12, colour=None, mode="RGB", seed=0):
-    """Write (or return, for path None) the bytes of a small picture; the format follows the path's ending."""
+def picture(path, size=12, colour=None, mode="RGB", seed=0, spot=False):
+    """Write (or return, for path None) the bytes of a small picture; the format follows the path's ending.
+
+    colour: of all of it; noise if None. spot: whether its lower right corner is white.
+    """
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     image = Image.fromarray(pixels) if colour is None else Image.new("RGB", (size, size), colour)
+    if spot:
+        image.paste("white", (size - 3, size - 3, size, size))
     file = io.BytesIO()
     image.convert(mode).save(
         file, {".jpg": "JPEG", ".webp": "WEBP"}.get(Path(path or "x.png").suffix, "PNG"), quality=90

@@ -14,7 +14,7 @@ import modgrad_multishot
 import modgrad_rl
 from data import Task
 from fewshot import intervals as fewshot_intervals
-from fewshot.run import identity
+from fewshot.flags import identity
 from tests.helpers import (
     AFR,
     TINY,

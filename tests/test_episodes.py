@@ -1,5 +1,7 @@
 """Tests: test_episodes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -128,23 +130,29 @@ def test_distinct_draws_every_arrangement_equally():
 
 def test_links_and_leftovers(tmp_path, capsys):
     """Class folders may be links; what a killed process left half-built goes; an empty split is an error."""
-    for split in fewshot_published.SPLITS:
-        picture(tmp_path / "elsewhere" / split / "1.png")
+    for number, split in enumerate(fewshot_published.SPLITS):
+        picture(tmp_path / "elsewhere" / split / "1.png", seed=number)
         (tmp_path / "root" / "mine" / split).mkdir(parents=True)
-    left = tmp_path / "cache" / f".mine-8-abc.{2**22 + 1}"  # above any process number
+    left = tmp_path / "cache" / ".mine-8-0123456789ab.abcdefgh.building"
     left.mkdir(parents=True)
+    os.utime(left, (1, 1))
+    others = [f".mine-8-abcd01234567.{2**22 + 1}", ".backup.20240101", ".venv-3.12"]  # fresh, and not ours
+    for name in others:
+        (tmp_path / "cache" / name).mkdir()
+    os.utime(tmp_path / "cache" / ".backup.20240101", (1, 1))
     fails(capsys, lambda: prepared("mine", tmp_path), "mine/train: no images")
     for split in fewshot_published.SPLITS:
         (tmp_path / "root" / "mine" / split / "a").symlink_to(tmp_path / "elsewhere" / split)
     assert prepared("mine", tmp_path)[0]["train"] == [["a", 1]]
     assert not left.exists()
+    assert all((tmp_path / "cache" / name).is_dir() for name in others)
 
 
 def test_ragged_classes(tmp_path):
     for split, sizes in (("train", (4, 9, 5)), ("test", (4, 4, 4))):
         for c, n in enumerate(sizes):
             for i in range(n):
-                picture(tmp_path / "mine" / split / f"class{c}" / f"{i}.png", colour=(10 * c + 1, i, 0))
+                picture(tmp_path / "mine" / split / f"{split}{c}" / f"{i}.png", colour=(10 * c + 1, i, len(split)))
     e = Episodes(["Mine"], "train", 3, 1, 3, 8, 0, root=tmp_path, cache_dir=tmp_path / "cache")
     assert e.modes == ["mine"]
     batch = e.tasks(0, 200)

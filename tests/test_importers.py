@@ -15,6 +15,7 @@ from data import Episodes
 from fewshot import archives as fewshot_archives
 from fewshot import cache as fewshot_cache
 from fewshot import published as fewshot_published
+from fewshot.decode import decode
 from tests.helpers import (
     FACTS,
     HERE,
@@ -32,12 +33,12 @@ from tests.helpers import (
 
 def test_import_omniglot(tmp_path):
     """Two zips, alphabets and characters; ink becomes bright."""
-    black = picture(None, colour=(0, 0, 0), mode="1")
+    drawing = picture(None, spot=True, colour=(0, 0, 0), mode="1")
     for part, characters in (("images_background", 964), ("images_evaluation", 659)):
         write_zip(
             tmp_path / "root" / f"{part}.zip",
             {
-                f"{part}/Alphabet_{c // 33:02d}/character{c % 33 + 1:02d}/{c:04d}_{i:02d}.png": black
+                f"{part}/Alphabet_{c // 33:02d}/character{c % 33 + 1:02d}/{c:04d}_{i:02d}.png": drawing
                 for c in range(characters)
                 for i in range(1, 3)
             }
@@ -46,7 +47,7 @@ def test_import_omniglot(tmp_path):
     classes, pixels = prepared("omniglot", tmp_path)
     assert [len(classes[s]) for s in fewshot_published.SPLITS] == [1028, 172, 423]
     assert pixels["train"].shape == (2056, 8, 8, 1)
-    assert (pixels["test"] == 255).all()
+    assert (pixels["test"][:, :4, :4] == 255).all()
     names = [name for s in fewshot_published.SPLITS for name, _ in classes[s]]
     assert len(set(names)) == 1623
     assert re.fullmatch(r"images_(background|evaluation)/Alphabet_\d\d/character\d\d", names[0])
@@ -161,7 +162,7 @@ def test_import_celeba(tmp_path, capsys):
     names = [f"{i:06d}.jpg" for i in range(1, 10)]
     write_zip(
         tmp_path / "root" / "celeba" / "img_align_celeba.zip",
-        {f"img_align_celeba/{name}": picture(None, colour=(20 * i, 0, 0)) for i, name in enumerate(names)},
+        {f"img_align_celeba/{name}": picture(None, colour=(20 * i, 0, 1)) for i, name in enumerate(names)},
     )
     table = tmp_path / "root" / "celeba" / "list_eval_partition.txt"
     table.write_text("".join(f"{name} {(0, 0, 1, 2)[i % 4]}\n" for i, name in enumerate(names)))
@@ -240,7 +241,7 @@ def test_class_folders_of_your_own(tmp_path, form):
     for split, colour in zip(fewshot_published.SPLITS, ((9, 0, 0), (0, 9, 0), (0, 0, 9))):
         inside = f"{split}/" if "inside" in form else ""
         files = {
-            f"{inside}class {c}/{i}.webp": picture(None, colour=colour) for c in range(3) for i in (1, 2)
+            f"{inside}{split} {c}/{i}.webp": picture(None, colour=colour) for c in range(3) for i in (1, 2)
         }
         if form == "folders":
             for name, content in files.items():
@@ -252,7 +253,7 @@ def test_class_folders_of_your_own(tmp_path, form):
                 tmp_path / "root" / "Mine" / f"{split}.zip", files | {"Thumbs.db": b"", ".hidden.png": b""}
             )
     classes, pixels = prepared("mine", tmp_path)
-    assert [name.rpartition("/")[2] for name, _ in classes["train"]] == ["class 0", "class 1", "class 2"]
+    assert [name.rpartition("/")[2] for name, _ in classes["train"]] == ["train 0", "train 1", "train 2"]
     assert pixels["val"][0, 0, 0].tolist() == [0, 9, 0]
 
 
@@ -266,23 +267,23 @@ def test_decode_takes_any_depth():
     ):
         file = io.BytesIO()
         Image.new(mode, (4, 4), value).save(file, "PNG")
-        assert fewshot_cache.decode(file.getvalue(), 4, "mine")[0, 0].tolist() == [want] * 3, mode
-        assert fewshot_cache.decode(file.getvalue(), 4, "omniglot")[0, 0].tolist() == [255 - want], mode
+        assert decode(file.getvalue(), 4, "mine").pixels[0, 0].tolist() == [want] * 3, mode
+        assert decode(file.getvalue(), 4, "omniglot").pixels[0, 0].tolist() == [255 - want], mode
 
 
 def test_cache_is_found_again_and_never_stale(tmp_path, monkeypatch, capsys):
     root, cache = tmp_path / "root", tmp_path / "cache"
-    for split in fewshot_published.SPLITS:
-        picture(root / "mine" / split / "a" / "1.png", colour=(1, 1, 1))
+    for number, split in enumerate(fewshot_published.SPLITS):
+        picture(root / "mine" / split / "a" / "1.png", colour=(1, 2, number))
     first = fewshot_cache.prepare("mine", 8, root, cache)
     with monkeypatch.context() as patch:
         patch.setattr(fewshot_cache, "build_cache", lambda *_: pytest.fail("built again"))
         assert fewshot_cache.prepare("mine", 8, root, cache) == first
     assert fewshot_cache.prepare("mine", 9, root, cache) != first
-    picture(root / "mine" / "train" / "a" / "1.png", size=20, colour=(7, 7, 7))
+    picture(root / "mine" / "train" / "a" / "1.png", size=20, colour=(7, 7, 8))
     second = fewshot_cache.prepare("mine", 8, root, cache)
     assert second != first
-    assert (np.load(second / "train.npy") == 7).all()
+    assert (np.load(second / "train.npy") == (7, 7, 8)).all()
     (root / "mine").rename(tmp_path / "away")  # without the source, the newest cache serves
     os.utime(second / "classes.json")
     assert fewshot_cache.prepare("mine", 8, root, cache) == second

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import kml
 import mprotonet
 from data import Task
-from fewshot.run import identity
+from fewshot.flags import identity
 from tests.helpers import fails, get_args, make_params, make_task
 from tools import inspect_modulation
 

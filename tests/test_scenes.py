@@ -419,7 +419,7 @@ def test_several_high_level_tasks_from_start_to_end(few_scenes, tmp_path, cache,
     fails(capsys, lambda: afr.get_args([*map(str, words), "--test-tasks", "18"]), "a multiple of 4")
     fails(
         capsys,
-        lambda: afr.get_args([*map(str, SCENE_WORDS), "--tasks", "depth", "--modes", "scenes", "cub"]),
+        lambda: afr.get_args(["--synthetic", "--tasks", "depth", "--modes", "scenes", "cub"]),
         "give one",
     )
     fails(capsys, lambda: afr.get_args([*map(str, SCENE_WORDS), "--transfer", "cub"]), "leave it out")

@@ -23,7 +23,7 @@ import modgrad_completion
 import modgrad_multishot
 import modgrad_rl
 import mprotonet
-from fewshot.run import identity
+from fewshot.flags import identity
 from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run, run_all
 from tools import papers, reading
 

@@ -13,7 +13,8 @@ from PIL import Image
 import afr
 import data
 import modgrad
-from fewshot.cache import decode, find_source
+from fewshot.cache import find_source
+from fewshot.decode import decode
 from fewshot.synthetic import draw_synthetic
 
 SCRIPTS = {"mmaml": "film", "kml": "kml", "mprotonet": "kml"}  # and the modulation measured
@@ -42,7 +43,7 @@ class DecodingLoader(torch.utils.data.IterableDataset):
                 turn = rng.integers(4) if mode == "omniglot" else 0
                 for i in rng.choice(len(classes[c]), self.shots + args.queries, replace=False):
                     source, key = classes[c][i]
-                    pixels = np.rot90(decode(source.read(key), args.image_size, mode), turn)
+                    pixels = np.rot90(decode(source.read(key), args.image_size, mode).pixels, turn)
                     images.append(
                         np.broadcast_to(pixels, (args.image_size, args.image_size, 3)).transpose(2, 0, 1)
                     )
