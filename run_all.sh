@@ -57,10 +57,9 @@ done <<<"$list"
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 
-finished() {    # of cell $1: it ended with this very command, and its result is of the latest checkpoint
+finished() {    # of cell $1: it ended with this very command. A run removes its result when it trains on
     local at="$folder/${names[$1]}"
-    [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ -e "$at/result.json" ] &&
-        ! [ "$at/checkpoint.pt" -nt "$at/result.json" ]
+    [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ -s "$at/result.json" ]
 }
 
 if [ -n "$dry" ]; then
@@ -80,20 +79,18 @@ trap 'stopped=1; kill -TERM $(jobs -p) 2>/dev/null' INT TERM HUP
 
 failed() { echo "${names[$1]} ($2)" >>"$failures"; }
 
-run() {     # cell $1, in the background
-    local at="$folder/${names[$1]}" child="" status other
-    trap 'kill -TERM $child 2>/dev/null' INT TERM HUP
+run() {     # cell $1, in the background. A second one in the same folder is refused by the script, which names the first
+    local at="$folder/${names[$1]}" child="" told="" status
+    trap 'told=1; [ -z "$child" ] || kill -TERM $child 2>/dev/null' INT TERM HUP
     mkdir -p "$at" || { failed "$1" "its folder cannot be made"; return; }
-    other=$(cat "$at/running.pid" 2>/dev/null)
-    if [ -n "$other" ] && kill -0 "$other" 2>/dev/null; then failed "$1" "process $other is at it"; return; fi
     if [ "$jobs" -gt 1 ]; then exec >"$at/output.txt" 2>&1 || { failed "$1" "no output.txt"; return; }; fi
+    [ -z "$told" ] || return
     eval "${commands[$1]} &"
     child=$!
-    echo $child >"$at/running.pid"
+    [ -z "$told" ] || kill -TERM $child 2>/dev/null                             # the signal came before there was a child
     wait $child
     status=$?
     while kill -0 $child 2>/dev/null; do wait $child; status=$?; done           # wait returns early on a signal
-    rm -f "$at/running.pid"
     if [ $status -ne 0 ]; then failed "$1" "status $status"; else echo "${commands[$1]}" >"$at/command.txt"; fi
 }
 
@@ -106,7 +103,10 @@ for i in "${!names[@]}"; do
     if finished "$i"; then continue; fi
     echo "[$((i + 1))/${#names[@]}] ${commands[$i]}"
     run "$i" &
-    while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do sleep 0.2; done
+    while [ -z "$stopped" ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
+        # In the background: Ctrl-C at a terminal would reach a sleep in the foreground, and nobody else.
+        { sleep 0.2 & wait $!; } 2>/dev/null
+    done
 done
 while [ -n "$(jobs -rp)" ]; do wait; done
 

@@ -21,6 +21,11 @@ IMAGE_SUFFIXES = (
 UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".cr2", ".nef", ".arw", ".dng")
 JUNK_FOLDERS = ("@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found")  # of storage systems
 CACHE_FORMAT = 1  # raise when the decoded pixels would change
+LARGEST = 1 << 30  # bytes of one file in an archive: what says to be larger is there to fill the memory
+READ_ERRORS = (
+    *(OSError, EOFError, KeyError, RuntimeError, NotImplementedError, ValueError),
+    *(zlib.error, tarfile.TarError, zipfile.BadZipFile),
+)
 
 
 class Archive:
@@ -43,9 +48,11 @@ class Archive:
                 self.names = list(self.members)
             else:
                 self.tar = tarfile.open(self.path)  # noqa: SIM115 (read from later on)
-                self.members = {member.name: member for member in self.tar if member.isfile()}
+                self.members = {
+                    member.name: member for member in self.tar if member.isfile() or member.islnk()
+                }
                 self.names = list(self.members)
-        except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        except READ_ERRORS as error:
             fail(f"{self.path}: not a complete zip or tar archive ({error}): {self.remedy}")
         for name in self.names:
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
@@ -61,17 +68,31 @@ class Archive:
         if name not in self.rank:
             fail(f"{self.path}: lacks {name}: {self.remedy}")
         try:
+            if self.unpacked_size(name) > LARGEST:
+                fail(
+                    f"{self.path}: {name} is larger than {LARGEST >> 30} GiB unpacked: no image is; {self.remedy}"
+                )
             if self.zip:
                 return self.zip.read(self.members[name])
             if self.tar:
                 return self.tar.extractfile(self.members[name]).read()
             return (self.path.parent / name).read_bytes()
-        except (OSError, EOFError, RuntimeError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        except MemoryError:
+            fail(f"{self.path}: {name} does not fit into memory: {self.remedy}")
+        except READ_ERRORS as error:
             fail(f"{self.path}: cannot read {name} ({error}): {self.remedy}")
+
+    def unpacked_size(self, name):
+        """Bytes of one file, as the archive says."""
+        if self.zip:
+            return self.zip.getinfo(self.members[name]).file_size
+        if self.tar:
+            return self.members[name].size
+        return os.path.getsize(self.path.parent / name)
 
     def find(self, ending):
         """The one file whose path ends so, whatever folders it lies in."""
-        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and "/._" not in f"/{name}"]
+        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and not is_junk(name)]
         return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
 
     def check(self, what, found, wanted):
@@ -224,6 +245,8 @@ def fingerprint(paths):
     for path in paths:
         files = files_below(path) if path.is_dir() else [path]
         for file in files:
+            if path.is_dir() and is_junk(file.relative_to(path).as_posix()):
+                continue  # a file browser leaves and changes such files
             stat = file.stat()
             contents = (file.suffix == ".zip" and table_of_contents(file)) or str(stat.st_mtime_ns).encode()
             line = f"{file.relative_to(path.parent)} {stat.st_size} "

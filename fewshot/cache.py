@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fewshot import store
 from fewshot.archives import IMAGE_SUFFIXES, fingerprint
 from fewshot.decode import begin_worker, decode_all
+from fewshot.downloads import download
 from fewshot.files import fail
 from fewshot.names import canonical_mode, mode_folders, shortened, split_places
 from fewshot.parallel import cores
@@ -30,7 +31,6 @@ from fewshot.published import (
     MINIIMAGENET_IMAGES,
     SPLITS,
     check_classes,
-    download,
     import_aircraft,
     import_class_folders,
 )
@@ -328,7 +328,7 @@ def checked(folder, allow_shared):
     """The folder, if its splits have nothing in common; else exit and say what."""
     shared = store.shared(folder)
     if shared and not allow_shared:
-        fail(f"{shared}; or allow it by --allow-shared-classes")
+        fail(f"{folder.name}: {shared}; or allow it by --allow-shared-classes")
     return folder
 
 

@@ -1,13 +1,8 @@
 """The published data sets: their splits, how their archives are read, and where they can be downloaded."""
 
 import csv
-import hashlib
-import http.client
 import io
-import os
 import sys
-import urllib.error
-import urllib.request
 from typing import NamedTuple
 
 import numpy as np
@@ -134,11 +129,12 @@ def import_omniglot(paths):
         archive = Archive(path)
         for character, images in by_folder(archive, archive.image_names()).items():
             alphabets.setdefault(character.rpartition("/")[0], {})[character] = images
-        archive.check(
-            "characters",
-            sum(name.startswith(path.stem) for a in alphabets for name in alphabets[a]),
-            {"images_background": 964, "images_evaluation": 659}[path.stem],
-        )
+        characters = {name: images for a in alphabets.values() for name, images in a.items()}
+        mine = {name: images for name, images in characters.items() if name.startswith(path.stem)}
+        wanted = {"images_background": 964, "images_evaluation": 659}[path.stem]
+        archive.check("characters", len(mine), wanted)
+        most = max(map(len, mine.values()))  # 20 people drew each character
+        archive.check("drawings", sum(map(len, mine.values())), wanted * most)
     order = list(alphabets)  # background first, each set sorted by name
     np.random.RandomState(123).shuffle(order)
     characters = [(name, images) for alphabet in order for name, images in alphabets[alphabet].items()]
@@ -210,13 +206,16 @@ def import_fc100(paths):
         name.decode("latin1") if isinstance(name, bytes) else name for name in meta["fine_label_names"]
     ]
     splits = {split: {} for split in SPLITS}
+    superclasses = set()
     for part in ("train", "test"):
         content = cifar_pickle(archive, part, ["data", "fine_labels", "coarse_labels"])
         pixels = Pixels(archive.path, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         for row, (fine, coarse) in enumerate(zip(content["fine_labels"], content["coarse_labels"])):
+            superclasses.add(coarse)
             split = next((s for s in FC100 if coarse in FC100[s]), "train")
             splits[split].setdefault(fine, []).append((pixels, row))
     archive.check("classes", sum(map(len, splits.values())), 100)
+    archive.check("superclasses", len(superclasses), 20)
     return {
         split: {fine_names[fine]: classes[fine] for fine in sorted(classes)}
         for split, classes in splits.items()
@@ -227,6 +226,12 @@ def import_cub(paths):
     """CUB_200_2011/images/NNN.Name/*.jpg: 140 / 30 / 30 of the sorted folder names."""
     archive = Archive(paths[0])
     names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
+    places = sorted({name.rsplit("/", 2)[0] for name in names}, key=lambda place: (place.count("/"), place))
+    listed = [
+        place for place in places if f"{place.rpartition('/')[0]}/images.txt".lstrip("/") in archive.rank
+    ]
+    place = [*listed, *places, ""][0]  # copies of other resolutions may lie beside the images
+    names = [name for name in names if name.startswith(f"{place}/")]
     classes = {folder.rpartition("/")[2]: images for folder, images in by_folder(archive, names).items()}
     archive.check("classes", len(classes), 200)
     return {
@@ -380,50 +385,3 @@ DOWNLOADS = {  # mode: [(file name, md5 or None where none is published, address
         "non-commercial research, by hand from its site",
     ),
 }
-
-
-def download(file_name, md5, urls, folder):
-    """Fetch one published archive into `folder` with a progress bar; a cut download is resumed, the md5 checked."""
-    target, part, problems = (
-        folder / file_name,
-        folder / f"{file_name}.part",
-        [] if urls else ["its authors give it by hand only"],
-    )
-    for url in urls:
-        try:
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(
-                url, headers={"User-Agent": "Mozilla/5.0", "Range": f"bytes={have}-"}
-            )
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0  # 200: the server sends it all again
-                total = have + int(reply.headers.get("Content-Length", 0))
-                folder.mkdir(parents=True, exist_ok=True)
-                with (
-                    open(part, "ab" if have else "wb") as file,
-                    tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=file_name) as bar,
-                ):
-                    while block := reply.read(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-            if total and part.stat().st_size < total:
-                raise OSError(f"cut after {part.stat().st_size} of {total} bytes; the same command continues")
-            break
-        except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
-            if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-                break  # nothing left to send: the part is whole
-            problems.append(f"{url}: {error}")
-    else:
-        return problems
-    if md5:
-        digest = hashlib.md5()
-        with open(part, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != md5:
-            part.unlink()
-            fail(
-                f"{url}: wrong checksum (md5 {digest.hexdigest()}, published {md5}): deleted; try again or fetch by hand"
-            )
-    os.replace(part, target)
-    return []

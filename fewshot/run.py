@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -216,16 +217,14 @@ class Run:
         kept, last = [], 0
         for line in file.read_text(errors="replace").splitlines():
             iteration = iteration_of(line)
-            if iteration is None or iteration <= last:
-                print(
-                    f"note: {file} is damaged after iteration {last}: its lines up to there are kept",
-                    file=sys.stderr,
-                )
-                break
-            if iteration > self.done:
+            if iteration is None or iteration <= last or iteration > self.done:
                 break
             kept.append(line)
             last = iteration
+        written = self.checkpoint.get("log_crc32")  # no such field: of an earlier version
+        if written is not None and text_checksum(kept) != written:
+            how_far = f"its lines up to iteration {last} are kept"
+            print(f"note: {file} is not as it was written; {how_far}", file=sys.stderr)
         return kept
 
     # ----- checkpoints
@@ -242,6 +241,7 @@ class Run:
                 "iteration": self.done,
                 "seconds": self.seconds + time.perf_counter() - self.begun,
                 "window": self.window,
+                "log_crc32": text_checksum(self.lines),
                 "params": on_cpu(params),
             }
             if optimizer is not None:
@@ -267,6 +267,8 @@ class Run:
             return None
         try:
             result = json.loads(file.read_text())
+            if not is_whole(result):
+                raise ValueError("another content than was written")
             flags = argparse.Namespace(**result["args"])
             same_run = identity(flags) == identity(self.args)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -297,6 +299,7 @@ class Run:
                 "commit": commit(),
             },
         }
+        result["crc32"] = checksum(result)
         atomic_write(self.folder / "result.json", json.dumps(result))
         return result
 
@@ -339,29 +342,31 @@ def lock(folder):
 
 def load(path, args, data):
     """Load the checkpoint at `path`; exit if it is damaged or belongs to another run, and name the flag that differs."""
+    here = identity(args)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # PyTorch reads over a wrong checksum
-        if damaged:
-            raise ValueError(f"{damaged} has a wrong checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        here = identity(args)
+        checkpoint = read_tensors(path)
         there = checkpoint["identity"]
+        others = [key for key in here | there if here.get(key) != there.get(key)]
         check_fields(checkpoint)
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        why = str(error).split("\n")[0] if type(error) is ValueError else type(error).__name__
-        fail(
-            f"{path} is damaged or no checkpoint ({why}): start afresh with --overwrite, or give another --out"
-        )
-    for key in here | there:
-        if here.get(key) != there.get(key):
-            fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        fail(f"{path} is no checkpoint ({why}): start afresh with --overwrite, or give another --out")
+    for key in others:
+        fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
     for mode, content in checkpoint.get("data", {}).items():
         if data.get(mode, content) != content:
-            fail(
-                f"the images of {mode} are not those that {path.parent} was trained on: bring them back, or give another --out"
-            )
+            other = f"the images of {mode} are not those that {path.parent} was trained on"
+            fail(f"{other}: bring them back, or give another --out")
     return checkpoint
+
+
+def read_tensors(path):
+    """Read a file of tensors and plain values. Raises ValueError if its content is not what was written."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # PyTorch reads over a wrong checksum
+    if damaged:
+        raise ValueError(f"damaged: {damaged} has a wrong checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_fields(checkpoint):
@@ -407,6 +412,22 @@ def wrong_state(state, fresh, shapes):
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
         return f"the optimizer's state is no such thing ({type(error).__name__})"
     return ""
+
+
+def text_checksum(lines):
+    """A CRC-32 of lines of text."""
+    return zlib.crc32("\n".join(lines).encode())
+
+
+def checksum(result):
+    """A CRC-32 of a result's fields, but for the one that holds it."""
+    fields = {key: value for key, value in result.items() if key != "crc32"}
+    return text_checksum([json.dumps(fields, sort_keys=True)])
+
+
+def is_whole(result):
+    """Whether the content of a result file is what was written; files of earlier versions do not say."""
+    return "crc32" not in result or result["crc32"] == checksum(result)
 
 
 def iteration_of(line):

@@ -152,7 +152,9 @@ def test_ragged_classes(tmp_path):
     for split, sizes in (("train", (4, 9, 5)), ("test", (4, 4, 4))):
         for c, n in enumerate(sizes):
             for i in range(n):
-                picture(tmp_path / "mine" / split / f"{split}{c}" / f"{i}.png", colour=(10 * c + 1, i, len(split)))
+                picture(
+                    tmp_path / "mine" / split / f"{split}{c}" / f"{i}.png", colour=(10 * c + 1, i, len(split))
+                )
     e = Episodes(["Mine"], "train", 3, 1, 3, 8, 0, root=tmp_path, cache_dir=tmp_path / "cache")
     assert e.modes == ["mine"]
     batch = e.tasks(0, 200)

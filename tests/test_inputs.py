@@ -18,6 +18,7 @@ import kml
 from fewshot import cache as fewshot_cache
 from fewshot import files as fewshot_files
 from fewshot import published as fewshot_published
+from fewshot.downloads import download
 from tests.helpers import (
     cub_names,
     episodes,
@@ -216,19 +217,19 @@ def test_download_resumes_and_checks(tmp_path, capsys, monkeypatch):
     assert "--synthetic" in said
     assert (root / "omniglot" / f"{name}.part").stat().st_size == 1000
     Server.cut = None
-    assert fewshot_published.download(*files[0], root / "omniglot") == []  # the other 99 %
+    assert download(*files[0], root / "omniglot") == []  # the other 99 %
     assert (root / "omniglot" / name).read_bytes() == contents[name]
     (root / "omniglot" / name).rename(root / "omniglot" / f"{name}.part")  # cut after the last byte
-    assert fewshot_published.download(*files[0], root / "omniglot") == []
+    assert download(*files[0], root / "omniglot") == []
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        fewshot_published.download("wrong.zip", "0" * 32, [url], root)
+        download("wrong.zip", "0" * 32, [url], root)
     assert stop.value.code == 2
     assert "wrong checksum" in capsys.readouterr().err.strip().split("\n")[-1]
     assert not list(root.glob("wrong*"))
     server.shutdown()
     server.server_close()
-    assert len(fewshot_published.download(*files[0], tmp_path / "nowhere")) == 1  # nobody listens any more
+    assert len(download(*files[0], tmp_path / "nowhere")) == 1  # nobody listens any more
 
 
 def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
