@@ -156,7 +156,7 @@ def files_below(folder):
                 ahead.append(name)
         folders[:] = ahead
         paths = [os.path.join(top, name) for name in names]
-        found += [Path(path) for path in paths if os.path.exists(path)]
+        found += [Path(path) for path in paths if os.path.isfile(path)]  # not pipes, nor links to nothing
     return sorted(found)
 
 
