@@ -99,6 +99,7 @@ class MetaTasks:
         self.split = split
         self.of = []
         self.domains = {}
+        self.contents = {}  # of each mode: a hash of its images
         folders = []
         for kind in args.tasks:
             sampler = Episodes.of(args, split) if kind == "classification" else Scenes(kind, args, split)
@@ -106,6 +107,7 @@ class MetaTasks:
                 self.domains[kind] = len(sampler.counts)
             self.of.append(sampler)
             folders += sampler.folders
+            self.contents |= sampler.contents
         self.folders = list(dict.fromkeys(folders))
 
     def tasks(self, first, count):
@@ -936,7 +938,7 @@ def main():
     if args.device == "cpu":
         torch.set_num_threads(1)  # run_tasks has subtasks side by side instead
     test = MetaTasks(args, "test")
-    run = Run(args)
+    run = Run(args, test)
     params = run.params(init_params(args))
     if run.unfinished:
         train(params, args, run)

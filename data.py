@@ -39,6 +39,7 @@ from fewshot.intervals import student
 from fewshot.names import canonical_mode
 from fewshot.parallel import cores, in_threads, recorded
 from fewshot.published import LAYOUTS, SPLITS
+from fewshot.records import read_log, read_result, read_tensors
 from fewshot.run import Run
 from fewshot.store import content_of, open_split
 from fewshot.subtasks import Scenes

@@ -31,7 +31,6 @@ Run:  python modgrad.py --synthetic --quick     about two minutes on two CPU cor
       python modgrad.py --shots 5 --algorithm maml
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -53,6 +52,8 @@ from data import (
     in_threads,
     new_parser,
     parse,
+    read_log,
+    read_tensors,
     recorded,
 )
 
@@ -557,8 +558,7 @@ def best_on_validation(test, args):
     out = Path(args.out)
     log = out / "log.jsonl"
     best = None
-    for line in log.read_text().splitlines() if log.exists() else ():
-        line = json.loads(line)
+    for line in read_log(log):
         file = out / f"params-{line['iteration']}.pt"
         if "validation" in line and file.exists():
             accuracy = line["validation"]["paper"]["overall"]["mean"]
@@ -568,7 +568,7 @@ def best_on_validation(test, args):
         return None
     accuracy, iteration, file = best
     try:
-        params = torch.load(file, map_location=args.device, weights_only=True)
+        params = {k: w.to(args.device) for k, w in read_tensors(file).items()}
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         remedy = "delete it, and the same command evaluates the best of the others"
         fail(f"{file} is damaged ({type(error).__name__}): {remedy}")
@@ -895,7 +895,7 @@ def main():
     if args.device == "cpu":
         torch.set_num_threads(1)  # run_tasks has tasks side by side instead
     test = Episodes.of(args, "test")
-    run = Run(args)
+    run = Run(args, test)
     params = run.params(init_params(args))
     if run.unfinished:
         train(params, args, run)

@@ -66,6 +66,7 @@ from data import (
     add_run_flags,
     canonical_mode,
     complete,
+    content_of,
     distinct,
     fail,
     fill,
@@ -165,6 +166,7 @@ class Alphabets:
         self.synthetic = synthetic
         folder = prepare(mode, image_size, root, cache_dir, synthetic)
         self.folders = [folder.name]  # names what the images were made from
+        self.contents = {mode: content_of(folder)}
         drawn = self.read(folder)
         chosen = self.invented(drawn) if synthetic else self.real(drawn)
         self.check(chosen)
@@ -877,7 +879,7 @@ def check(args):
 def main():
     args = get_args()
     test = Alphabets.of(args, "test")
-    run = Run(args)
+    run = Run(args, test)
     params = run.params(init_params(args))
     if run.unfinished:
         train(params, args, run)

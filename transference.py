@@ -51,7 +51,7 @@ import torch
 from tqdm import tqdm
 
 import mprotonet
-from data import Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads
+from data import Episodes, Task, atomic_write, canonical_mode, cores, fail, in_threads, read_tensors
 
 NEUTRAL = 0.05  # points of accuracy
 SWEEP = (0.25, 0.5, 2.0, 4.0)  # times alpha
@@ -182,7 +182,7 @@ def load(place):
     path = Path(place)
     file = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(file)
         identity, done, params = checkpoint["identity"], checkpoint["iteration"], checkpoint["params"]
     except FileNotFoundError:
         fail(f"there is no {file}: train it with mprotonet.py, or name an exported file")
@@ -210,7 +210,7 @@ def states(place, at, device):
             continue  # an exported file is one moment
         elif wanted in kept:
             try:
-                params = torch.load(kept[wanted], map_location="cpu", weights_only=True)
+                params = read_tensors(kept[wanted])
             except Exception as error:  # noqa: BLE001
                 fail(f"{kept[wanted]} is damaged ({type(error).__name__}): delete it, or give another --at")
         else:

@@ -25,8 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -34,6 +32,16 @@ from tqdm import tqdm
 
 from fewshot.files import atomic_write, fail
 from fewshot.flags import identity
+from fewshot.records import (
+    check_fields,
+    checksum,
+    differing,
+    iteration_of,
+    read_result,
+    read_tensors,
+    text_checksum,
+    wrong_state,
+)
 
 try:
     import fcntl
@@ -266,9 +274,7 @@ class Run:
         if not (self.checkpoint and file.exists()):
             return None
         try:
-            result = json.loads(file.read_text())
-            if not is_whole(result):
-                raise ValueError("another content than was written")
+            result = read_result(file)
             flags = argparse.Namespace(**result["args"])
             same_run = identity(flags) == identity(self.args)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -358,85 +364,6 @@ def load(path, args, data):
             other = f"the images of {mode} are not those that {path.parent} was trained on"
             fail(f"{other}: bring them back, or give another --out")
     return checkpoint
-
-
-def read_tensors(path):
-    """Read a file of tensors and plain values. Raises ValueError if its content is not what was written."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()  # PyTorch reads over a wrong checksum
-    if damaged:
-        raise ValueError(f"damaged: {damaged} has a wrong checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_fields(checkpoint):
-    """Raise ValueError if a field of a checkpoint cannot be right."""
-    iteration, seconds = checkpoint["iteration"], checkpoint["seconds"]
-    if type(iteration) is not int or not 0 <= iteration < 2**63:
-        raise ValueError(f"iteration {iteration}")
-    if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
-        raise ValueError(f"seconds {seconds}")
-    if not isinstance(checkpoint["window"], list) or len(checkpoint["window"]) > iteration:
-        raise ValueError("its window is not of its iterations")
-    for w in checkpoint["window"]:
-        if not isinstance(w, torch.Tensor):
-            raise ValueError("its window holds no tensors")
-    for key, w in checkpoint["params"].items():
-        if not torch.isfinite(w).all():
-            raise ValueError(f"{key} is not finite")
-
-
-def differing(params, initial):
-    """In what the parameters of a checkpoint are not of the network's shapes -> one phrase, or ""."""
-    if params.keys() != initial.keys():
-        return f"{', '.join(sorted(params.keys() ^ initial.keys())[:3])} is there or here alone"
-    for key, w in params.items():
-        if w.shape != initial[key].shape or w.dtype != initial[key].dtype:
-            return (
-                f"{key} is {w.dtype} {tuple(w.shape)}, not {initial[key].dtype} {tuple(initial[key].shape)}"
-            )
-    return ""
-
-
-def wrong_state(state, fresh, shapes):
-    """In what an optimizer's state does not fit its parameters -> one phrase, or "". PyTorch itself would not look."""
-    try:
-        if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
-            return "the optimizer has another number of parameters"
-        for number, of in state["state"].items():
-            for key, value in of.items():
-                if key == "step" and not 0 <= float(value) < 2**53:
-                    return f"the optimizer's step is {float(value)}"
-                if key != "step" and (value.shape != shapes[number] or not torch.isfinite(value).all()):
-                    return f"the optimizer's {key} of parameter {number} does not fit"
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
-        return f"the optimizer's state is no such thing ({type(error).__name__})"
-    return ""
-
-
-def text_checksum(lines):
-    """A CRC-32 of lines of text."""
-    return zlib.crc32("\n".join(lines).encode())
-
-
-def checksum(result):
-    """A CRC-32 of a result's fields, but for the one that holds it."""
-    fields = {key: value for key, value in result.items() if key != "crc32"}
-    return text_checksum([json.dumps(fields, sort_keys=True)])
-
-
-def is_whole(result):
-    """Whether the content of a result file is what was written; files of earlier versions do not say."""
-    return "crc32" not in result or result["crc32"] == checksum(result)
-
-
-def iteration_of(line):
-    """The iteration of a log line, or None if the line is damaged."""
-    try:
-        iteration = json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return iteration if type(iteration) is int else None
 
 
 def remove_unfinished(folder):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import afr
-from data import atomic_write, fail
+from data import atomic_write, fail, read_tensors
 
 SUBTASKS = 150  # test subtasks whose w is shown (the paper: 150)
 NAMES = ("cosine", "same_sign", "cosine_next", "same_sign_next")
@@ -164,7 +164,7 @@ def open_run(given):
     """Read the checkpoint of a run -> its flags, its parameters."""
     path = Path(given.run) / "checkpoint.pt"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
         args = argparse.Namespace(**checkpoint["identity"])
         modulation = args.modulation
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)

@@ -1,10 +1,10 @@
 """The figure beside a table: accuracy of the training tasks against iterations. Needs matplotlib."""
 
-import json
 import sys
 
 import numpy as np
 
+from data import read_log
 from tools.reading import budget_text, label, title
 
 
@@ -27,9 +27,8 @@ def curves(runs, singles, file):
     for mode, axis in zip(modes, panels[0]):
         for run in (run for run in sorted([*runs, *alone], key=label) if mode in run["modes"]):
             log = run["file"].parent / "log.jsonl"
-            try:
-                lines = [json.loads(line) for line in log.read_text().splitlines()]
-            except (OSError, ValueError):
+            lines = read_log(log)
+            if not lines:
                 print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
                 continue
             lines = [

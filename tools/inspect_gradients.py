@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import modgrad
-from data import Episodes, Task, atomic_write, fail
+from data import Episodes, Task, atomic_write, fail, read_tensors
 
 ENERGY = 0.9
 
@@ -46,7 +46,7 @@ def load(folder):
     if not path.exists():
         fail(f"there is no {path}: train with modgrad.py first, or name the folder of a run")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
         options, params, done = (
             argparse.Namespace(**checkpoint["identity"]),
             checkpoint["params"],

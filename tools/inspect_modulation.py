@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Episodes, Task, atomic_write, fail
+from data import Episodes, Task, atomic_write, fail, read_tensors
 
 SCRIPTS = {"MMAML+KML": "kml", "MProtoNet+KML": "mprotonet"}
 
@@ -41,7 +41,7 @@ def load(folder):
     if not path.exists():
         fail(f"there is no {path}: train first, or name the folder of a run")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
         checkpoint["identity"]["method"], checkpoint["params"], checkpoint["iteration"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a finished run")

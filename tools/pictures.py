@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 import modgrad_completion
 import modgrad_rl
-from data import atomic_write, fail
+from data import atomic_write, fail, read_tensors
 
 CELL = 96  # pixels of an image
 PLANE = 220  # pixels of the plane that navigation moves in
@@ -26,7 +26,7 @@ INK = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 def open_run(folder, script, **more):
     """Read the checkpoint of a run of `script` -> its flags, with `more` added, and the checkpoint."""
     try:
-        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(Path(folder) / "checkpoint.pt")
         run = argparse.Namespace(**checkpoint["identity"], **more, device="cpu")
         _ = run.pixels if script is modgrad_completion else run.env
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)

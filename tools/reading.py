@@ -1,13 +1,12 @@
 """Result files -> runs, their statistics, and Markdown: what all tables share."""
 
-import json
 import math
 import re
 from pathlib import Path
 
 import numpy as np
 
-from data import fail
+from data import fail, read_result
 from tools.papers import SETTINGS
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -60,7 +59,7 @@ def read_run(file):
     `budget` what two runs must have in common to stand in one table.
     """
     try:
-        run = json.loads(file.read_text())
+        run = read_result(file)
         method = (
             run["method"] if "algorithm" not in run.get("args", {}) else ""
         )  # modgrad.py has a MAML of its own

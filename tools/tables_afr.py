@@ -1,13 +1,12 @@
 """The tables of attentive feature reuse."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
 
 import afr
-from data import fail
+from data import fail, read_log, read_result
 from tools.papers import AFR_TABLE1, AFR_TABLE2, AFR_TRANSFER
 from tools.reading import UNITS, images_of, label, show, table
 
@@ -21,7 +20,7 @@ def read_afr(folders):
     runs = []
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
-            run = json.loads(file.read_text())
+            run = read_result(file)
             if "nil_or_error" not in run:
                 continue
             args, strata = run["args"], run["strata"]
@@ -326,9 +325,7 @@ def validation_curves(runs, file):
         key = "accuracy" if task == "classification" else "nil_or_error"
         for run, name in sorted(zip(runs, names), key=lambda pair: pair[1]):
             if task in run["tasks"]:
-                lines = [
-                    json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()
-                ]
+                lines = read_log(run["file"].parent / "log.jsonl")
                 points = [
                     (line["iteration"], line["validation"][key][task]["mean"])
                     for line in lines

@@ -1,7 +1,6 @@
 """The tables of ModGrad's paper: few-shot, completion, multi-shot, reinforcement learning."""
 
 import importlib.util
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import modgrad
 import modgrad_completion
 import modgrad_multishot
 import modgrad_rl
-from data import fail
+from data import fail, read_log, read_result
 from tools.papers import COMPLETION, MODGRAD, MULTISHOT, RL
 from tools.reading import UNITS, difference, images_of, label, score, show, table
 
@@ -26,7 +25,7 @@ def read_modgrad(folders):
     runs = []
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
-            run = json.loads(file.read_text())
+            run = read_result(file)
             if "algorithm" not in run.get("args", {}) or {"pixels", "env", "curve", "nil_or_error"} & set(
                 run
             ):
@@ -180,7 +179,7 @@ def completion_tables(folders):
     groups, orders = {}, [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
-            run = json.loads(file.read_text())
+            run = read_result(file)
             if "pixels" not in run:
                 continue
             args = run["args"]
@@ -309,7 +308,7 @@ def multishot_tables(folders, out, figures):
     groups, trials, parts, methods = {}, {}, [], list(modgrad_multishot.METHODS.values())
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
-            run = json.loads(file.read_text())
+            run = read_result(file)
             if "curve" not in run:
                 continue
             args = run["args"]
@@ -476,7 +475,7 @@ def rl_tables(folders, out, figures):
     groups = {}
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
-            run = json.loads(file.read_text())
+            run = read_result(file)
             if "env" not in run:
                 continue
             args, env = run["args"], run["env"]
@@ -637,7 +636,7 @@ def rl_curves(runs, about, file):
         }
         log = run["file"].parent / "log.jsonl"
         try:
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            lines = read_log(log)
             of = max(1, len(lines) // 50)  # at most about 50 points
             points = (
                 np.array(
@@ -712,7 +711,7 @@ def trials_block(runs, setting, about):
     found = {}
     for run in runs:
         try:
-            lines = [json.loads(line) for line in (run["file"].parent / "log.jsonl").read_text().splitlines()]
+            lines = read_log(run["file"].parent / "log.jsonl")
             last = [line["validation"] for line in lines if "validation" in line][-1]
             last = (
                 last["accuracy"] if "accuracy" in last else last["paper"]["overall"]

@@ -1,0 +1,115 @@
+"""Read the records of runs: checkpoints, kept parameters, result files and logs, and notice where they are damaged.
+
+A file of tensors is a zip, whose CRC-32 sums are compared; a result file holds a CRC-32 of its own fields, and a
+checkpoint one of the log that belongs to it.
+"""
+
+import json
+import math
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+
+def read_tensors(path):
+    """Read a file of tensors and plain values. Raises ValueError if its content is not what was written."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # PyTorch reads over a wrong checksum
+    if damaged:
+        raise ValueError(f"damaged: {damaged} has a wrong checksum")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    params = content.get("params", content)
+    for key, w in params.items() if isinstance(params, dict) else ():
+        if isinstance(w, torch.Tensor) and not torch.isfinite(w).all():
+            raise ValueError(f"damaged: {key} is not finite")
+    return content
+
+
+def check_fields(checkpoint):
+    """Raise ValueError if a field of a checkpoint cannot be right."""
+    iteration, seconds = checkpoint["iteration"], checkpoint["seconds"]
+    if type(iteration) is not int or not 0 <= iteration < 2**63:
+        raise ValueError(f"iteration {iteration}")
+    if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        raise ValueError(f"seconds {seconds}")
+    if not isinstance(checkpoint["window"], list) or len(checkpoint["window"]) > iteration:
+        raise ValueError("its window is not of its iterations")
+    for w in checkpoint["window"]:
+        if not isinstance(w, torch.Tensor):
+            raise ValueError("its window holds no tensors")
+
+
+def differing(params, initial):
+    """In what the parameters of a checkpoint are not of the network's shapes -> one phrase, or ""."""
+    if params.keys() != initial.keys():
+        return f"{', '.join(sorted(params.keys() ^ initial.keys())[:3])} is there or here alone"
+    for key, w in params.items():
+        if w.shape != initial[key].shape or w.dtype != initial[key].dtype:
+            return (
+                f"{key} is {w.dtype} {tuple(w.shape)}, not {initial[key].dtype} {tuple(initial[key].shape)}"
+            )
+    return ""
+
+
+def wrong_state(state, fresh, shapes):
+    """In what an optimizer's state does not fit its parameters -> one phrase, or "". PyTorch itself would not look."""
+    try:
+        if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
+            return "the optimizer has another number of parameters"
+        for number, of in state["state"].items():
+            for key, value in of.items():
+                if key == "step" and not 0 <= float(value) < 2**53:
+                    return f"the optimizer's step is {float(value)}"
+                if key != "step" and (value.shape != shapes[number] or not torch.isfinite(value).all()):
+                    return f"the optimizer's {key} of parameter {number} does not fit"
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
+        return f"the optimizer's state is no such thing ({type(error).__name__})"
+    return ""
+
+
+def text_checksum(lines):
+    """A CRC-32 of lines of text."""
+    return zlib.crc32("\n".join(lines).encode())
+
+
+def checksum(result):
+    """A CRC-32 of a result's fields, but for the one that holds it."""
+    fields = {key: value for key, value in result.items() if key != "crc32"}
+    return text_checksum([json.dumps(fields, sort_keys=True)])
+
+
+def read_result(path):
+    """Read a result file -> dict. Raises ValueError if its content is not what was written; older files do not say."""
+    result = json.loads(Path(path).read_text())
+    if not isinstance(result, dict):
+        raise ValueError("not a result")
+    if result.get("crc32", checksum(result)) != checksum(result):
+        raise ValueError("its content is not what was written")
+    return result
+
+
+def read_log(path):
+    """Read the lines of a log, as far as it is whole -> [dict]; [] if there is none."""
+    path = Path(path)
+    lines = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            if iteration_of(text) is None:
+                print(
+                    f"note: {path} is damaged after line {len(lines)}, and read up to there", file=sys.stderr
+                )
+                break
+            lines.append(json.loads(text))
+    return lines
+
+
+def iteration_of(line):
+    """The iteration of a log line, or None if the line is damaged."""
+    try:
+        iteration = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return iteration if type(iteration) is int else None
