@@ -7,6 +7,7 @@ animation, and brings numbers of any type and depth to the range of a screen.
 import contextlib
 import hashlib
 import io
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,6 +24,7 @@ RASTER_FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF"),
     *("PPM", "TGA", "AVIF", "JPEG2000", "PCX", "ICO", "SGI"),
 )
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # errors are raised as well, and told in one line
 NUMBERS = ("I", "F")  # Pillow's modes of 32-bit numbers
 
 

@@ -7,6 +7,7 @@ checkpoint one of the log that belongs to it.
 import json
 import math
 import sys
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,7 +21,9 @@ def read_tensors(path):
         damaged = archive.testzip()  # PyTorch reads over a wrong checksum
     if damaged:
         raise ValueError(f"damaged: {damaged} has a wrong checksum")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PyTorch finds strange, it refuses as well
+        content = torch.load(path, map_location="cpu", weights_only=True)
     params = content.get("params", content)
     for key, w in params.items() if isinstance(params, dict) else ():
         if isinstance(w, torch.Tensor) and not torch.isfinite(w).all():

@@ -219,7 +219,7 @@ def cub_names():
 
 def run(*command, cwd=HERE, timeout=280, **kwargs):
     env = dict(os.environ, PYTHONPATH=str(HERE)) | kwargs.pop("env", {})
-    if str(command[0]).startswith("tools."):
+    if str(command[0]).startswith(("tools.", "tests.")):
         command = ["-m", *command]
     return subprocess.run(
         [sys.executable, *map(str, command)],
