@@ -25,19 +25,10 @@ from fewshot import tool
 from fewshot.cache import check_enough, prepare
 from fewshot.draws import distinct, uniform
 from fewshot.files import atomic_write, fail
-from fewshot.flags import (
-    add_data_flags,
-    add_device_flags,
-    add_run_flags,
-    complete,
-    fill,
-    new_parser,
-    parse,
-    reset_unused,
-)
+from fewshot.flags import *  # noqa: F403 (the flags that scripts share: its __all__)
 from fewshot.intervals import student
 from fewshot.names import canonical_mode
-from fewshot.parallel import cores, in_threads, recorded
+from fewshot.parallel import cores, fresh_memory, in_threads, recorded
 from fewshot.published import LAYOUTS, SPLITS
 from fewshot.records import read_log, read_result, read_tensors
 from fewshot.run import Run
@@ -144,15 +135,18 @@ class Episodes:
 
     def tasks(self, first, count):
         """Draw tasks number first .. first + count - 1 over all modes -> Task with a leading dimension `count`."""
-        N, K, Q, S, M = self.ways, self.shots, self.queries, self.size, len(self.modes)
-        support, query = self.empty(count, K), self.empty(count, Q)
+        N, S, M = self.ways, self.size, len(self.modes)
+        K, Q = self.shots, self.queries
+        support = fresh_memory((count, N, K, 3, S, S), self.device)
+        query = fresh_memory((count, N, Q, 3, S, S), self.device)
         for m in range(M):
             turn = (m - first) % M  # this mode's first place in the batch
             if turn >= count:
                 continue
             places = slice(turn, count, M)
             *_, rows = self.indices(m, (first + turn) // M, len(range(count)[places]))
-            pixels = self.pixels(m, rows.reshape(-1)).view(*rows.shape, S, S, -1)  # (tasks, N, K+Q, S, S, C)
+            pixels = self.pixels(m, rows.reshape(-1))
+            pixels = pixels.view(*rows.shape, S, S, -1)  # (tasks, N, K+Q, S, S, C)
             pixels = pixels.permute(0, 1, 2, 5, 3, 4)
             support[places] = pixels[:, :, :K]  # to float, C to 3 channels
             query[places] = pixels[:, :, K:]
@@ -162,14 +156,6 @@ class Episodes:
         support_x = support.div_(255).view(count, N * K, 3, S, S)
         query_x = query.div_(255).view(count, N * Q, 3, S, S)
         return Task(support_x, support_y, query_x, query_y, (first + torch.arange(count)) % M)
-
-    def empty(self, count, k):
-        """Room for k images of each class of `count` tasks. Numpy asks for huge pages, and torch does not; on the CPU the
-        first touch of fresh memory would cost more than all else here."""
-        shape = count, self.ways, k, 3, self.size, self.size
-        if self.device.type == "cpu":
-            return torch.from_numpy(np.empty(shape, np.float32))
-        return torch.empty(shape, device=self.device)
 
     def pixels(self, m, rows):
         """Images (len(rows), S, S, C) of rows of mode m."""

@@ -10,6 +10,17 @@ from fewshot.files import fail, steady_output
 from fewshot.names import shortened, user_path
 from fewshot.parallel import cores
 
+__all__ = [
+    "add_data_flags",
+    "add_device_flags",
+    "add_run_flags",
+    "complete",
+    "fill",
+    "new_parser",
+    "parse",
+    "reset_unused",
+]
+
 SHARED_HELP = "a class, or copies of a file, may stand in two splits"
 # What args holds that does not change what is learned: runs that differ in nothing else are the same run.
 NOT_IDENTITY = {

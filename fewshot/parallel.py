@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -37,6 +38,17 @@ def in_threads(function, items, workers):
         workers, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         yield from pool.map(function, items)
+
+
+def fresh_memory(shape, device):
+    """Room for float32 numbers, not set to anything.
+
+    Numpy asks the system for huge pages, and PyTorch does not: on the CPU, the first touch of fresh memory would cost
+    more than all else that drawing tasks does.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
 
 
 def recorded(function, params):

@@ -171,11 +171,7 @@ class Campaign:
             for case in range(self.times(8 if name in ("kml", "modgrad") else 7)):
                 out = self.place / f"{name}-killed"
                 shutil.rmtree(out, ignore_errors=True)
-                child = os.fork()
-                if child == 0:
-                    quiet()
-                    script(name, [*words, "--out", out])()
-                    os._exit(0)
+                child = left_alone(script(name, [*words, "--out", out]))
                 time.sleep(self.rng.uniform(0.1, 1.0) * length)
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
@@ -197,11 +193,7 @@ class Campaign:
         place = self.place / "c2"
         for case in range(self.times(20)):
             shutil.rmtree(place, ignore_errors=True)
-            child = os.fork()
-            if child == 0:
-                quiet()
-                cache.prepare("big", 8, root, place)
-                os._exit(0)
+            child = left_alone(lambda: cache.prepare("big", 8, root, place))
             time.sleep(self.rng.uniform(0, 1.1) * length)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -226,14 +218,8 @@ class Campaign:
         for _ in range(self.times(5)):
             place = self.place / "c3"
             shutil.rmtree(place, ignore_errors=True)
-            children = []
-            for _ in range(4):
-                child = os.fork()
-                if child == 0:
-                    quiet()
-                    cache.prepare("crowd", 8, root, place)
-                    os._exit(0)
-                children.append(child)
+            build = lambda place=place: cache.prepare("crowd", 8, root, place)  # noqa: E731
+            children = [left_alone(build) for _ in range(4)]
             statuses = [wait_for(child) for child in children]
             left = [path.name for path in place.iterdir()]
             good = statuses == [0] * 4 and len(left) == 1 and not store.problem(place / left[0], full=True)
@@ -546,10 +532,19 @@ class Run:
         return os.system, (self.command,)
 
 
-def quiet():
-    """Send what this process prints nowhere."""
-    for number in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+def left_alone(function):
+    """Start a function in a forked process that prints nowhere, and do not wait for it -> process number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        function()
+        status = 0
+    finally:
+        os._exit(status)  # not through the parent's blocks, which would remove its folder
 
 
 def limited(function, limit):
