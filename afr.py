@@ -23,12 +23,10 @@ the support set suggests (p) is pulled towards q; at test there is only p.
 
 Read it beside modgrad.py: there the gradient is weighed, here the feature maps.
 Run:  python afr.py --synthetic --quick     about two minutes on two CPU cores, no download; prints accuracies
-      python afr.py --shots 5 --algorithm maml
       python afr.py --tasks classification depth normals vanishing --modes scenes        ray-cast scenes, no download
       python -m tools.attention_report RUN        the paper's Figure 3, of a finished run
 
-Where the paper can be read in more than one way, what it does not give, and why each value of ours is what it is:
-docs/protocol.md, "Attentive feature reuse".
+What the paper leaves open, and the reason for each value of ours: docs/protocol.md, "Attentive feature reuse".
 Left out: BMAML, EMAML and the other rows of Table 2 that are of other papers; the MMT data, never released.
 """
 
@@ -66,18 +64,8 @@ PROTOCOLS = {
     "paper": "BatchNorm statistics of the query images together, as in all published numbers",
     "inductive": "BatchNorm statistics of the adapted network on the support images",
 }
-KEYS = (
-    "accuracy",
-    "accuracy_inductive",
-    "nil_or_error",
-    "nil_or_error_inductive",
-)  # what is measured: see `measures`
-PER_TASK = (
-    "per_task",
-    "per_task_inductive",
-    "per_task_nil_or_error",
-    "per_task_nil_or_error_inductive",
-)
+KEYS = ("accuracy", "accuracy_inductive", "nil_or_error", "nil_or_error_inductive")  # see `measures`
+PER_TASK = ("per_task", "per_task_inductive", "per_task_nil_or_error", "per_task_nil_or_error_inductive")
 QUICK = {"image_size": 28, "iterations": 250, "test_tasks": 240}
 ALPHA = {"classification": 0.1, "depth": 0.01, "normals": 0.003, "vanishing": 0.001}  # of the head alone
 LOSS_WEIGHTS = {"classification": 1.0, "depth": 10.0, "normals": 10.0, "vanishing": 10.0}
@@ -128,11 +116,9 @@ class MetaTasks:
 
 
 class Norm:
-    """BatchNorm for one forward pass, by name.
+    """BatchNorm for one forward pass, by name: with the statistics of the batch x itself, which `used` keeps, or with `stats`.
 
-    It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
-    or, given `stats` from another pass, with those. Scale and shift stay outside the call: with them inside, torch
-    2.13's vmap gets second derivatives wrong.
+    Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets second derivatives wrong.
     """
 
     def __init__(self, stats=None):
@@ -214,7 +200,8 @@ def attention(params, kind, x, y, args):
     name = f"attention.{kind}"
     if args.embed == "constant":  # blind to the subtask
         return params[f"{name}.out.bias"].view(-1, 4, args.filters)
-    tokens = torch.cat([x.mean((2, 3)), label_vectors(params, kind, y, args)], 1)  # (n, C + label's)
+    labels = label_vectors(params, kind, y, args)
+    tokens = torch.cat([x.mean((2, 3)), labels], 1)  # (n, C + label's)
     for i in range(1, args.attention_blocks + 1):
         q = linear(params, f"{name}.block{i}.query", tokens)
         k = linear(params, f"{name}.block{i}.key", tokens)
@@ -242,7 +229,8 @@ class Draw:
     def default(self, name, *shape):
         """As PyTorch's own layers: uniform within 1 / root of the number of inputs."""
         root = math.sqrt(math.prod(shape[1:]))
-        weight, bias = torch.rand(shape, generator=self.rng), torch.rand(shape[0], generator=self.rng)
+        weight = torch.rand(shape, generator=self.rng)
+        bias = torch.rand(shape[0], generator=self.rng)
         self.params[f"{name}.weight"] = (2 * weight - 1) / root
         self.params[f"{name}.bias"] = (2 * bias - 1) / root
 
@@ -257,6 +245,11 @@ class Draw:
         self.params[f"{name}.weight"] = std * torch.randn(shape, generator=self.rng)
         self.params[f"{name}.bias"] = torch.zeros(outputs or shape[0])
 
+    def start_small(self, name, scale):
+        """Scale a layer's kernels down, and set its bias to 0.5."""
+        self.params[f"{name}.weight"] *= scale
+        self.params[f"{name}.bias"] = torch.full_like(self.params[f"{name}.bias"], 0.5)
+
 
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. A backbone or a head is the same whatever else there is."""
@@ -267,9 +260,7 @@ def init_params(args):
         draw.xavier(f"conv{l}", widths[l], widths[l - 1], 3, 3)
         params[f"norm{l}.scale"] = torch.ones(widths[l])
         params[f"norm{l}.shift"] = torch.zeros(widths[l])
-    for (
-        kind
-    ) in args.tasks:  # each from a generator of its own; the factor keeps those of different seeds apart
+    for kind in args.tasks:  # each has a generator of its own, and so has each seed
         draw = Draw(params, 1_000_003 * args.seed + 1 + KINDS.index(kind))
         init_head(draw, kind, args)
         if args.modulation != "none":
@@ -290,18 +281,12 @@ def init_head(draw, kind, args):
             draw.he(f"{name}.up{i}", inputs, filters, 2, 2, inputs=inputs, outputs=filters)
             draw.he(f"{name}.conv{i}", filters if i < 4 else channels, filters, 3, 3)
             inputs = filters
-        start_small(draw.params, f"{name}.conv4", 0.2)
+        draw.start_small(f"{name}.conv4", 0.2)
         return
     outputs = args.ways if kind == "classification" else 2
     draw.xavier(name, outputs, args.filters * (args.image_size // 16) ** 2)
     if kind == "vanishing":
-        start_small(draw.params, name, 0.05)
-
-
-def start_small(params, name, scale):
-    """Scale a layer's kernels down, and set its bias to 0.5."""
-    params[f"{name}.weight"] *= scale
-    params[f"{name}.bias"] = torch.full_like(params[f"{name}.bias"], 0.5)
+        draw.start_small(name, 0.05)
 
 
 def init_attention(draw, kind, args):
@@ -336,7 +321,8 @@ def criterion(kind, outputs, y):
     if kind == "classification":
         return F.cross_entropy(outputs, y)
     known = (y >= 0).to(outputs.dtype)
-    return ((outputs - y).square() * known).sum() / known.sum().clamp(min=1)
+    error = (outputs - y).square()
+    return (error * known).sum() / known.sum().clamp(min=1)
 
 
 def gaussian_kl(q, p):
@@ -374,9 +360,7 @@ def adapt(params, task, args, kind, w=None):
 
 def moves(key, kind, deep):
     """Whether the inner loop changes a parameter: the head of this task, and (deep) what is no head."""
-    if key.startswith("head."):
-        return key.startswith(f"head.{kind}.")
-    return deep
+    return key.startswith(f"head.{kind}.") if key.startswith("head.") else deep
 
 
 def task_loss(params, task, args, kind, epsilon=None):
@@ -398,7 +382,8 @@ def task_loss(params, task, args, kind, epsilon=None):
         return weight * loss, outputs
 
     kl = 0.0
-    fixed = {k: v if k.startswith("attention.") else v.detach() for k, v in params.items()}
+    psi = {k: w for k, w in params.items() if k.startswith("attention.")}
+    fixed = {k: w.detach() for k, w in params.items()} | psi
     x = embed(fixed, task.support_x, Norm()) if x is None else x.detach()
     prior = attention(params, kind, x, task.support_y, args)  # w = h(x, y), or p(z)
     w = prior[0]  # (B, C)
@@ -469,10 +454,10 @@ def draws(number, args):
     """P-AM's epsilon (T, J, B, C) for iteration `number`: from seed and number, so a continued run is the same run."""
     if args.modulation != "pam":
         return None
-    rng = torch.Generator().manual_seed(
-        1_000_003 * args.seed + 100 + number
-    )  # up to 4 are those of heads: see init_params
-    return torch.randn(args.meta_batch, len(args.tasks), 4, args.filters, generator=rng).to(args.device)
+    seed = 1_000_003 * args.seed + 100 + number  # up to 4 are those of heads: see init_params
+    rng = torch.Generator().manual_seed(seed)
+    shape = args.meta_batch, len(args.tasks), 4, args.filters
+    return torch.randn(shape, generator=rng).to(args.device)
 
 
 # ---------------------------------------------------------------------------------------- training, evaluation
@@ -491,7 +476,8 @@ def run_tasks(params, batches, args, vectorise, evaluate=False, epsilon=None):
         loss, measure = run(params, kind, batch, noise, args, evaluate)
         losses.append(loss)
         found.append(measure)
-    return torch.stack(losses, 1).flatten(0, 1), torch.stack(found, 1).flatten(0, 1)
+    losses, found = (torch.stack(values, 1) for values in (losses, found))
+    return losses.flatten(0, 1), found.flatten(0, 1)
 
 
 def one_task(params, kind, task, noise, args, evaluate):
@@ -513,7 +499,8 @@ def run_vectorised(params, kind, batch, noise, args, evaluate):
     def one(task, noise):
         return one_task(params, kind, task, noise, args, evaluate)
 
-    losses, found = torch.func.vmap(one, (0, None if noise is None else 0))(batch, noise)
+    in_dims = (0, None if noise is None else 0)
+    losses, found = torch.func.vmap(one, in_dims)(batch, noise)
     if not evaluate:
         losses.mean().backward()
     return losses.detach(), found.detach()
@@ -533,9 +520,8 @@ def run_in_threads(params, kind, batch, noise, args, evaluate):
 
     losses, found = [], []
     tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
-    for loss, measure, gradients in in_threads(
-        one, zip(tasks, [None] * T if noise is None else noise), args.workers
-    ):
+    noises = [None] * T if noise is None else noise
+    for loss, measure, gradients in in_threads(one, zip(tasks, noises), args.workers):
         losses.append(loss)
         found.append(measure)
         for w, g in zip(weights, gradients):
@@ -559,13 +545,11 @@ def evaluate(params, episodes, count, args):
 
 
 def units(scores, domains):
-    """Scores of tasks -> what an interval is over: these; or, where they take turns in a few domains, each domain's mean.
-
-    Tasks of one domain share images. With a single domain the interval is over its tasks.
-    """
+    """What an interval is over: scores of tasks; or, because tasks of one domain share images, each of several domains' mean."""
     if domains <= 1:
         return scores
-    return np.array([scores[d::domains].mean() for d in range(min(domains, len(scores)))])
+    first = range(min(domains, len(scores)))
+    return np.array([scores[d::domains].mean() for d in first])
 
 
 def summary(per_task, modes, domains):
@@ -593,10 +577,7 @@ def interval(mean, variance):
 
 
 def measured(rows, args, episodes):
-    """Measures of tasks, a row for each of KEYS -> what log and result files hold of them.
-
-    There is no overall number when high-level tasks have different measures.
-    """
+    """Measures of tasks, a row for each of KEYS -> what files hold of them: "overall" only of a single high-level task."""
     found = {}
     for key, row in zip(KEYS, rows):
         found[key] = summary(row, args.strata, episodes.domains)
@@ -617,15 +598,13 @@ def size(params, part):
 
 
 def backbone_gradients(params, batches, args, epsilon):
-    """How hard each high-level task pulls at the shared backbone -> {task: norm of its weighted loss's gradient there}.
-
-    Measured on one batch; overwrites .grad. Tasks whose norms differ by orders of magnitude do not train together.
-    """
+    """How hard each high-level task pulls at the shared backbone -> {task: gradient norm there}. Overwrites .grad."""
     found = {}
     for j, kind in enumerate(args.tasks):
-        only = {"tasks": [kind], "alpha": args.alpha[j : j + 1], "loss_weights": args.loss_weights[j : j + 1]}
+        only = {"tasks": [kind], "alpha": [args.alpha[j]]}
+        only["loss_weights"] = [args.loss_weights[j]]
         alone = argparse.Namespace(**vars(args) | only)
-        noise = None if epsilon is None else epsilon[:, j : j + 1]
+        noise = epsilon if epsilon is None else epsilon[:, j : j + 1]
         for w in params.values():
             w.grad = None
         run_tasks(params, batches[j : j + 1], alone, args.device != "cpu", epsilon=noise)
@@ -680,14 +659,8 @@ def log(params, batches, epsilon, args, run, validate):
     if len(args.tasks) > 1:
         balance = backbone_gradients(params, batches, args, epsilon)
     loss = losses.mean().item()
-    values = {
-        "loss": loss,
-        "losses": each,
-        "accuracy": shown,
-        "backbone_gradient": balance,
-        "gradient_norm": norms,
-        "synthetic": args.synthetic,
-    }
+    values = {"loss": loss, "losses": each, "accuracy": shown, "backbone_gradient": balance}
+    values |= {"gradient_norm": norms, "synthetic": args.synthetic}
     bar = {"loss": f"{loss:.3f}"} | {name: f"{x:.1f}%" for name, x in shown.items()}
     if balance:
         bar["backbone gradients"] = " ".join(f"{x:.2g}" for x in balance.values())
@@ -699,22 +672,19 @@ def transfer(params, args):
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
-        only = {
-            "modes": [mode],
-            "strata": [mode],
-            "tasks": ["classification"],
-            "alpha": args.alpha[i : i + 1],
-        }
+        alpha = args.alpha[i : i + 1]
+        only = {"modes": [mode], "strata": [mode], "tasks": ["classification"], "alpha": alpha}
         other = argparse.Namespace(**vars(args) | only)
         test = MetaTasks(other, "test")
         rows = evaluate(params, test, args.test_tasks, other)
-        found[mode] = {
-            "data": test.folders,
-            "tasks_sha256": test.sha256(args.test_tasks),
-            **measured(rows, other, test),
-            **dict(zip(PER_TASK, rows.tolist())),
-        }
+        scores = dict(zip(PER_TASK, rows.tolist()))
+        found[mode] = made_of(test, other) | measured(rows, other, test) | scores
     return found
+
+
+def made_of(test, args):
+    """What test tasks are made of: a hash of them, and names of the images."""
+    return {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
 
 
 def measure(params, test, args, run):
@@ -727,8 +697,7 @@ def measure(params, test, args, run):
             "shots": args.shots,
             "synthetic": args.synthetic,
             "protocol": PROTOCOLS,
-            "tasks_sha256": test.sha256(args.test_tasks),
-            "data": test.folders,
+            **made_of(test, args),
             **measured(rows, args, test),
             "strata": args.strata,
             "domains": test.domains,
@@ -742,10 +711,8 @@ def measure(params, test, args, run):
 
 def stored(run, test, args):
     """The stored result, if it is of these tasks and transfers; else None."""
-    result = run.result(tasks_sha256=test.sha256(args.test_tasks), data=test.folders)
-    if result is None or list(result["transfer"]) != args.transfer:
-        return None
-    return result
+    result = run.result(**made_of(test, args))
+    return result if result and list(result["transfer"]) == args.transfer else None
 
 
 def report(result, args):
@@ -775,11 +742,12 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = (
-    "data sets (miniimagenet; with other tasks than classification: scenes, which are ray-cast, or a folder of yours of "
-    "images with depth: see data.py)"
-)
+MODES_HELP = "data sets (miniimagenet; other --tasks: scenes, ray-cast, or a folder of yours with depth)"
 ALPHA_HELP = f"their size, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
+ALGORITHM_HELP = "what inner steps change: all, or the head"
+HEAD_HELP = "what Eq. 5's head adapts to"
+WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
+TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
 EMBED_HELP = "w is of the support set (P), or one learned vector for all subtasks: a control that the paper does not have"
 
 
@@ -787,17 +755,9 @@ def get_args(argv=None):
     """Read the command line -> args. `title`, `variant`, `strata` and `method` are worked out from it."""
     p = new_parser(__doc__, "P: the paper's value; where it gives none, ours is argued above.")
     add_algorithm_flags(p)
-    p.add_argument(
-        "--seed", type=int, default=0, help="of initial parameters, training subtasks and P-AM's draws"
-    )
+    p.add_argument("--seed", type=int, default=0, help="of initial parameters, subtasks and P-AM's draws")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes or --tasks together")
-    p.add_argument(
-        "--transfer",
-        nargs="+",
-        default=[],
-        metavar="MODE",
-        help="classify these test classes too (P: mini-Places)",
-    )
+    p.add_argument("--transfer", nargs="+", default=[], metavar="MODE", help=TRANSFER_HELP)
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
     p.add_argument("--val-tasks", type=int, default=240, help="over all modes or --tasks together")
     add_data_flags(p)
@@ -833,38 +793,27 @@ def presets(typed):
 
 def add_algorithm_flags(p):
     """Add the flags that decide what is learned."""
-    p.add_argument(
-        "--algorithm",
-        default="anil",
-        choices=("maml", "anil"),
-        help="what inner steps change: all, or the head",
-    )
-    p.add_argument(
-        "--modulation", choices=("none", "am", "pam"), help="the attention module (am; with maml: none)"
-    )
+    p.add_argument("--algorithm", default="anil", choices=("maml", "anil"), help=ALGORITHM_HELP)
+    p.add_argument("--modulation", choices=("none", "am", "pam"), help="attention module (am; maml: none)")
     p.add_argument("--tasks", nargs="+", default=["classification"], choices=KINDS, help=TASKS_HELP)
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
+    p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
     p.add_argument(
-        "--shots", type=int, default=1, help="K, support images per class (P: 1 and 5); of a domain: N * K"
+        "--queries", type=int, default=15, help="Q, query images per class; of a domain N * K, N * Q"
     )
-    p.add_argument("--queries", type=int, default=15, help="Q, query images per class; of a domain: N * Q")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
     p.add_argument("--steps", type=int, default=5, help="inner steps, in training and testing")
     p.add_argument("--alpha", type=float, nargs="+", metavar="A", help=ALPHA_HELP)
     p.add_argument("--inner-clip", type=float, default=20.0, help="bound of the inner gradient's entries")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
-    p.add_argument(
-        "--head", default="modulated", choices=("modulated", "plain"), help="what Eq. 5's head adapts to"
-    )
+    p.add_argument("--head", default="modulated", choices=("modulated", "plain"), help=HEAD_HELP)
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--attention-blocks", type=int, default=2, help="blocks of query, key and value")
     p.add_argument("--attention-width", type=int, default=16, help="of each block")
     p.add_argument("--kl-weight", type=float, default=1.0, help="of P-AM's KL (P: 1)")
-    p.add_argument(
-        "--loss-weights", type=float, nargs="+", metavar="L", help=f"for each of --tasks ({LOSS_WEIGHTS})"
-    )
+    p.add_argument("--loss-weights", type=float, nargs="+", metavar="L", help=WEIGHTS_HELP)
     p.add_argument("--meta-batch", type=int, default=4, help="T, subtasks of each of --tasks per iteration")
     p.add_argument("--iterations", type=int, default=60000, help="updates")
     p.add_argument("--lr", type=float, default=1e-3, help="beta, Adam's learning rate of backbone and heads")
@@ -906,7 +855,8 @@ def check(args):
     tasks = " ".join(args.tasks)
     for key in ("alpha", "loss_weights"):
         values = getattr(args, key)
-        if len(values) != len(args.tasks) or not all(0 <= x < math.inf for x in values):
+        in_range = all(0 <= x < math.inf for x in values)
+        if len(values) != len(args.tasks) or not in_range:
             typed = f"--{key.replace('_', '-')} {' '.join(map(str, values))}"
             fail(f"{typed}: give a number from 0 on for each of --tasks {tasks}")
     for key in ("test_tasks", "val_tasks"):

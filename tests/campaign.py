@@ -218,7 +218,7 @@ class Campaign:
         for _ in range(self.times(5)):
             place = self.place / "c3"
             shutil.rmtree(place, ignore_errors=True)
-            build = lambda place=place: cache.prepare("crowd", 8, root, place)  # noqa: E731
+            build = lambda place=place: cache.prepare("crowd", 8, root, place)
             children = [left_alone(build) for _ in range(4)]
             statuses = [wait_for(child) for child in children]
             left = [path.name for path in place.iterdir()]
