@@ -11,9 +11,8 @@ are drawn from; multimodal meta-learning draws every task from one of several mo
     python data.py prepare omniglot miniimagenet     # find or download, check, decode once
     python data.py show miniimagenet                 # a picture of an episode
 
-The sampler never holds random state: task j of a mode is a pure function of its arguments, through a counter-based
-generator. So every method sees the same test tasks, on every machine, and a continued run sees the tasks it would have
-seen. Where images come from: fewshot/cache.py. What keeps the records of a run: fewshot/run.py.
+Task j of a mode is a pure function of its arguments, through a counter-based generator. So every method sees the same
+test tasks on every machine, and a continued run the tasks it would have seen. Images: fewshot/cache.py.
 """
 
 import hashlib
@@ -23,6 +22,7 @@ import torch
 
 from fewshot import tool
 from fewshot.cache import check_enough, prepare
+from fewshot.cheetah import Cheetah
 from fewshot.draws import distinct, uniform
 from fewshot.files import atomic_write, fail
 from fewshot.flags import *  # noqa: F403 (the flags that scripts share: its __all__)

@@ -520,9 +520,8 @@ def augment(batch, number, args):
     saturation by up to 40 %: the usual for deep networks since Qiao et al., CVPR 2018 (the paper gives no amounts).
     Drawn from seed and `number`, so that a continued run is the same run.
     """
-    rng = torch.Generator().manual_seed(
-        1_000_003 * args.seed + number
-    )  # a stride, so that seeds share no generator
+    seed = 1_000_003 * args.seed + number  # a stride, so that seeds share no generator
+    rng = torch.Generator().manual_seed(seed)
 
     def change(x):  # (T, n, 3, S, S)
         images = x.flatten(0, 1)
@@ -538,10 +537,8 @@ def augment(batch, number, args):
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         brightness, contrast, saturation = ((0.6 + 0.8 * u)[:, None, None, None] for u in jitter)
         images = images * brightness
-        for strength, axes in (
-            (contrast, (1, 2, 3)),
-            (saturation, 1),
-        ):  # about the image's mean, each pixel's grey
+        about = ((contrast, (1, 2, 3)), (saturation, 1))  # the image's mean, each pixel's grey
+        for strength, axes in about:
             mean = images.mean(axes, keepdim=True)
             images = mean + strength * (images - mean)
         return images.clamp(0, 1).view_as(x)
@@ -773,10 +770,8 @@ def column(i):
     return ", ".join(f"{algorithm} {row[i]}" for algorithm, row in DEFAULTS.items())
 
 
-KEEP_HELP = (
-    "iterations between kept parameters, of which those best on validation classes are tested too; 0 keeps none "
-    "(of the deep networks each takes 100 to 500 MB)"
-)
+BACKBONES = ("conv4", "resnet34", "wrn28-10")
+KEEP_HELP = "iterations between kept parameters; the best on validation classes is tested too; 0: none"
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 STEPS_HELP = f"K, inner steps (P: 1 for ModGrad): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
@@ -828,9 +823,7 @@ def add_algorithm_flags(p):
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P, C: 1 and 5)")
     p.add_argument("--queries", type=int, default=15, help="Q, query images per class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
-    p.add_argument(
-        "--backbone", default="conv4", choices=("conv4", "resnet34", "wrn28-10"), help="the network"
-    )
+    p.add_argument("--backbone", default="conv4", choices=BACKBONES, help="the network")
     p.add_argument("--channels", type=int, default=64, help="of each layer of conv4 (P: 64)")
     p.add_argument("--steps", type=int, help=STEPS_HELP)
     p.add_argument("--alpha", type=float, help=ALPHA_HELP)
@@ -844,7 +837,7 @@ def add_algorithm_flags(p):
     p.add_argument("--iterations", type=int, default=16667, help="updates (C: 50,000 episodes in threes)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
     p.add_argument(
-        "--lr-halve-every", type=int, default=3333, help="iterations; 0 is never (P: 10,000 episodes)"
+        "--lr-halve-every", type=int, default=3333, help="iterations; 0: never (P: 10,000 episodes)"
     )
     p.add_argument("--augment", action="store_true", help=AUGMENT_HELP)
 
@@ -870,24 +863,23 @@ def resolve_layers(args, defaults, usual):
 def check(args):
     """Exit if flags contradict each other."""
     if args.algorithm == "cavia" and args.backbone != "conv4":
-        fail(
-            f"--algorithm cavia --backbone {args.backbone}: its context modulates a layer of conv4; choose conv4"
-        )
+        remedy = "its context modulates a layer of conv4; choose conv4"
+        fail(f"--algorithm cavia --backbone {args.backbone}: {remedy}")
     if not args.adapt and args.algorithm != "cavia":
         fail("--adapt context is CAVIA's: name layers")
     if args.start_at_one and args.algorithm != "modgrad":
         fail(f"--start-at-one --algorithm {args.algorithm}: M is ModGrad's; leave one of them out")
     if args.algorithm == "modgrad" and "all" in args.adapt:
-        fail(
-            "--algorithm modgrad --adapt all: a cell is for kernels and biases; name the layers, as conv3 conv4 head"
-        )
+        remedy = "name the layers, as conv3 conv4 head"
+        fail(f"--algorithm modgrad --adapt all: a cell is for kernels and biases; {remedy}")
     if args.keep_every and args.val_every and args.log_every:
         kept_unvalidated = args.keep_every % args.val_every
         if args.val_every % args.log_every or kept_unvalidated:
-            fail(
-                f"--keep-every {args.keep_every} --val-every {args.val_every} --log-every {args.log_every}: "
-                "parameters that are kept must be validated: give each as a multiple of the next, or --keep-every 0"
+            typed = (
+                f"--keep-every {args.keep_every} --val-every {args.val_every} --log-every {args.log_every}"
             )
+            remedy = "give each as a multiple of the next, or --keep-every 0"
+            fail(f"{typed}: parameters that are kept must be validated: {remedy}")
 
 
 def main():

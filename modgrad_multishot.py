@@ -171,7 +171,9 @@ class Alphabets:
         chosen = self.invented(drawn) if synthetic else self.real(drawn)
         self.check(chosen)
         self.names = list(chosen)
-        self.characters = [np.array([item[1:] for item in x]) for x in chosen.values()]
+        self.characters = []  # of each alphabet: first row and number of drawings of each character
+        for characters in chosen.values():
+            self.characters.append(np.array([item[1:] for item in characters]))
 
     @classmethod
     def of(cls, args, split):
@@ -269,9 +271,11 @@ class Alphabets:
         labels = np.repeat(np.arange(N), shots)  # of the task's training drawings
         places = np.arange(len(labels)) - np.repeat(np.cumsum(shots) - shots, shots)
         u_batch = u_batch.reshape(shown, 5)
-        pick = (u_batch[:, 0] * len(labels)).astype(np.int64).reshape(self.steps, self.batch)
+        pick = (u_batch[:, 0] * len(labels)).astype(np.int64)
+        pick = pick.reshape(self.steps, self.batch)
         turns = np.concatenate([u_query.reshape(-1, 4), u_batch[:, 1:]])
-        return rows[:, :Q], rows[labels[pick], Q + places[pick]], labels[pick], turns
+        support = rows[labels[pick], Q + places[pick]]
+        return rows[:, :Q], support, labels[pick], turns
 
     def indices(self, first, count):
         """Of tasks first .. first + count - 1: alphabets (count,), and the arrays of `draw` for all of them."""
@@ -281,7 +285,8 @@ class Alphabets:
 
     def tasks(self, first, count):
         """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
-        N, Q, S = self.ways, self.queries, self.size
+        N, Q = self.ways, self.queries
+        S = self.size
         shown = self.steps * self.batch
         arrays = [torch.from_numpy(x).to(self.device) for x in self.indices(first, count)]
         alphabets, held_out, rows, labels, u = arrays
@@ -289,7 +294,8 @@ class Alphabets:
         grid = self.grid(u.flatten(0, 1).float())
         images = self.images[rows][:, None] / 255
         x = F.grid_sample(images, grid, align_corners=False)
-        query, support = x.view(count, -1, 1, S, S).split([N * Q, shown], 1)
+        x = x.view(count, -1, 1, S, S)
+        query, support = x.split([N * Q, shown], 1)
         classes = torch.arange(N, device=self.device)
         return Task(
             support_x=support.reshape(count, self.steps, self.batch, 1, S, S),
@@ -307,7 +313,8 @@ class Alphabets:
         right = 0.8 * right - 0.4  # the image's side is 2 long
         down = 0.8 * down - 0.4
         cos, sin = angle.cos() / scale, angle.sin() / scale
-        places = torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3)
+        places = torch.stack([cos, -sin, right, sin, cos, down], 1)
+        places = places.view(-1, 2, 3)
         return F.affine_grid(places, (len(u), 1, self.size, self.size), align_corners=False)
 
     def sha256(self, count):
@@ -511,7 +518,8 @@ def reptile_outer(params, adapted, logits, task):
     So a step of SGD of size epsilon (--lr) is theta <- theta + epsilon * mean(theta_K - theta)
     (Nichol et al., 2018, Algorithm 2).
     """
-    return sum((params[k] - w.detach()).square().sum() for k, w in adapted.items()) / 2
+    distances = [params[k] - w.detach() for k, w in adapted.items()]
+    return sum(distance.square().sum() for distance in distances) / 2
 
 
 OUTER = {
@@ -658,7 +666,8 @@ def evaluate(params, episodes, count, args):
         batch = episodes.tasks(first, min(10, count - first))
         with torch.no_grad():
             rows.append(run_tasks(params, batch, args, args.device != "cpu", evaluate=True))
-    return [torch.cat(x).double().cpu().numpy().round(4) for x in zip(*rows)]
+    columns = [torch.cat(column).double() for column in zip(*rows)]
+    return [column.cpu().numpy().round(4) for column in columns]
 
 
 def summary(per_task, alphabets):
@@ -667,10 +676,12 @@ def summary(per_task, alphabets):
     Tasks of one alphabet are alike, so the mean is that of the alphabets' means m, and the half width of its 95 %
     interval is t s(m) / sqrt(number of alphabets), with Student's t.
     """
-    means = np.stack([per_task[alphabets == a].mean(0) for a in np.unique(alphabets)])
+    of_each = [per_task[alphabets == a] for a in np.unique(alphabets)]
+    means = np.stack([of_one.mean(0) for of_one in of_each])
     n = len(means)
     half_width = student(n) * means.std(0, ddof=1) / math.sqrt(n)
-    return {"mean": means.mean(0).round(4).tolist(), "ci95": half_width.round(4).tolist()}
+    mean = means.mean(0)
+    return {"mean": mean.round(4).tolist(), "ci95": half_width.round(4).tolist()}
 
 
 def measured(rows, alphabets):
@@ -787,9 +798,8 @@ def column(i):
     return ", ".join(cells)
 
 
-SHOTS_HELP = (
-    "training drawings per class, any number from LEAST to MOST (P: 1 to 25, of 20 that there are; L: 15 15)"
-)
+SHOTS_NAMES = ("LEAST", "MOST")
+SHOTS_HELP = "training drawings per class, any number from LEAST to MOST (P: 1 to 25, of 20; L: 15 15)"
 STEPS_HELP = f"K, inner steps in training (L: 100, MAML 5): {column(0)}"
 ALPHA_HELP = f"their size (L: 0.1): {column(1)}"
 ADAPT_HELP = f"layers that the steps change, as conv4 head; or all: {column(2)}"
@@ -804,9 +814,7 @@ def get_args(argv=None):
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
-    p.add_argument(
-        "--test-tasks", type=int, default=100, help="over all alphabets together (L: one of each of 10)"
-    )
+    p.add_argument("--test-tasks", type=int, default=100, help="over all alphabets (L: one of each of 10)")
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
     p.add_argument("--val-tasks", type=int, default=22, help="over all alphabets together")
     add_data_flags(p, synthetic="procedural characters in invented alphabets: no download")
@@ -831,10 +839,11 @@ def add_algorithm_flags(p):
     """Add the flags that decide what is learned."""
     p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="inner step and outer loss")
     p.add_argument(
-        "--modes", nargs=1, default=["omniglot"], metavar="MODE", help="alphabets: omniglot (P, L)"
+        "--modes", nargs=1, default=["omniglot"], metavar="MODE", help="alphabets (P, L: Omniglot's)"
     )
     p.add_argument("--ways", type=int, default=20, help="N, characters of an alphabet in a task (P, L: 20)")
-    p.add_argument("--shots", type=int, nargs=2, default=[1, 15], metavar=("LEAST", "MOST"), help=SHOTS_HELP)
+    p.add_argument("--shots", type=int, nargs=2, metavar=SHOTS_NAMES, help=SHOTS_HELP)
+    p.set_defaults(shots=[1, 15])
     p.add_argument("--queries", type=int, default=5, help="Q, held-out drawings per class (L: 5)")
     p.add_argument("--batch", type=int, default=20, help="B, images per step (L: 20)")
     p.add_argument("--image-size", type=int, default=28, help="S, pixels (L: 28)")
@@ -846,11 +855,9 @@ def add_algorithm_flags(p):
     p.add_argument("--context", type=int, default=300, help="length of v (P: 300 elsewhere)")
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
     p.add_argument(
-        "--inner-clip", type=float, default=20.0, help="bound of the inner gradient's entries (L: none)"
+        "--inner-clip", type=float, default=20.0, help="bound of inner gradients' entries (L: none)"
     )
-    p.add_argument(
-        "--first-order", action="store_true", help="hold inner gradients constant (maml: this is fomaml)"
-    )
+    p.add_argument("--first-order", action="store_true", help="hold inner gradients constant (as fomaml)")
     p.add_argument("--meta-batch", type=int, default=20, help="T, tasks per iteration (L: 20)")
     p.add_argument("--iterations", type=int, default=1000, help="updates (L: 1,000)")
     p.add_argument("--outer", choices=("adam", "sgd"), help=OUTER_HELP)

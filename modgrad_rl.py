@@ -40,9 +40,7 @@ off, and an outer step that takes one such entry past zero lets v jump in most t
 import argparse
 import hashlib
 import math
-import multiprocessing
 import os
-import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (
+    Cheetah,
     Run,
     add_device_flags,
     add_run_flags,
@@ -74,6 +73,10 @@ QUICK = {"iterations": 25, "meta_batch": 10, "test_tasks": 40}
 # above.
 DEFAULTS = {"modgrad": (30.0, ["fc1", "fc2"]), "maml": (0.1, ["all"]), "cavia": (1.0, [])}
 CHEETAH_ALPHA = {"cavia": 10.0}  # where the half-cheetah's step size is another: ours
+LEAST = {
+    "fisher_fraction": 1e-6,
+    **dict.fromkeys(("rollouts", "horizon", "updates", "test_updates", "cg_steps"), 1),
+}
 HORIZON = {"navigation": 100, "cheetah-dir": 200, "cheetah-vel": 200}
 UNUSED = {  # flags that an algorithm does not use
     "modgrad": [],
@@ -104,10 +107,14 @@ class Navigation:
     the move. A rollout ends where both coordinates are within 0.01 of the goal's. All tasks and rollouts move in one tensor.
     """
 
-    observations, actions, starts = 2, 2, 0  # D, A, random numbers that a rollout begins with
+    observations = 2  # D
+    actions = 2  # A
+    starts = 0  # random numbers that a rollout begins with
 
     def __init__(self, args):
-        self.device, self.goal, self.place = args.device, None, None
+        self.device = args.device
+        self.goal = None
+        self.place = None
 
     def tasks(self, u):
         """Random numbers u (T, 2) in [0, 1) -> goals (T, 2)."""
@@ -123,129 +130,16 @@ class Navigation:
         """Actions (T, R, 2) -> observations (T, R, 2), rewards (T, R), whether the rollout ends (T, R)."""
         self.place = self.place + action.clamp(-0.1, 0.1)
         away = self.place - self.goal
-        return self.place, -away.norm(dim=-1), (away.abs() < 0.01).all(-1)
+        ends = (away.abs() < 0.01).all(-1)
+        return self.place, -away.norm(dim=-1), ends
 
     def close(self):
-        pass
-
-
-class Cheetah:
-    """A half-cheetah of MuJoCo's that runs forwards or backwards (`cheetah-dir`), or at a speed from U[0, 2] (`cheetah-vel`).
-
-    Observation (20,): gymnasium's HalfCheetah-v5 (17,) and the torso's place, as in CAVIA's code. Action (6,): torques, clipped to
-    [-1, 1]. Reward of a step: direction * speed, or -|speed - goal|, less 0.05 |action|^2. No rollout ends early. Processes
-    simulate a part of the animals each, in one environment whose state they exchange.
-    """
-
-    observations, actions, starts = 20, 6, 18
-
-    def __init__(self, args):
-        try:
-            import gymnasium  # noqa: F401 (workers import it again)
-            import mujoco  # noqa: F401
-        except ImportError as error:
-            fail(
-                f"--env {args.env} needs MuJoCo ({error}): pip install 'gymnasium[mujoco]', or choose --env navigation"
-            )
-        self.device, self.direction, self.shape, self.workers = (
-            args.device,
-            args.env == "cheetah-dir",
-            None,
-            [],
-        )
-        context = multiprocessing.get_context("spawn")
-        for _ in range(args.workers):
-            here, there = context.Pipe()
-            process = context.Process(target=simulate, args=(there, self.direction), daemon=True)
-            process.start()
-            there.close()
-            self.workers.append((here, process))
-
-    def tasks(self, u):
-        """Random numbers u (T, 2) in [0, 1) -> directions -1 or 1, or speeds in [0, 2] (T, 1)."""
-        return torch.where(u[:, :1] < 0.5, -1.0, 1.0) if self.direction else 2 * u[:, :1]
-
-    def ask(self, *columns):
-        """Have the animals' rows of each column, shared out evenly, worked at by all processes -> a list of their answers."""
-        pieces = zip(*(np.array_split(column, len(self.workers)) for column in columns))
-        try:
-            for (pipe, _), piece in zip(self.workers, pieces):
-                pipe.send(piece)
-            return [pipe.recv() for pipe, _ in self.workers]
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            fail(
-                "a process that simulates half-cheetahs has died: lower --workers, or look whether memory is short"
-            )
-
-    def reset(self, goals, rollouts, start):
-        """Goals (T, 1), random normal numbers start (T, R, 18) -> observations (T, R, 20)."""
-        self.shape = len(goals), rollouts
-        each = goals.repeat_interleave(rollouts, 0).numpy()
-        return self.tensor(np.concatenate(self.ask(start.view(len(each), -1).numpy(), each)))
-
-    def tensor(self, rows):
-        return torch.from_numpy(rows).float().view(*self.shape, -1).to(self.device)
-
-    def step(self, action):
-        """Actions (T, R, 6) -> observations (T, R, 20), rewards (T, R), whether the rollout ends (T, R): never."""
-        rows = np.concatenate(self.ask(action.flatten(0, 1).double().cpu().numpy()))
-        reward = self.tensor(rows[:, -1]).squeeze(-1)
-        return self.tensor(rows[:, :-1]), reward, torch.zeros_like(reward, dtype=torch.bool)
-
-    def close(self):
-        for pipe, process in self.workers:
-            pipe.close()  # ends its loop
-            process.join(5)
-            process.terminate()
-
-
-def simulate(pipe, direction):
-    """A process of `Cheetah`: keeps some animals; answers (start, goal) with observations, (action,) with observations and,
-    in a last column, rewards."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
-    import gymnasium
-    import mujoco
-
-    mujoco.set_mju_user_warning(
-        lambda text: None
-    )  # or it writes notes on gymnasium's model file to MUJOCO_LOG.TXT
-    env, animals, goals = gymnasium.make("HalfCheetah-v5", disable_env_checker=True).unwrapped, [], None
-    env.reset(seed=0)
-
-    def observe():
-        return np.concatenate([env._get_obs(), env.data.body("torso").xpos])
-
-    try:
-        while True:
-            message = pipe.recv()
-            if len(message) == 2:
-                start, goals = message
-                while len(animals) < len(start):
-                    animals.append(mujoco.MjData(env.model))
-                rows = []
-                for env.data, noise in zip(animals, start):
-                    mujoco.mj_resetData(env.model, env.data)
-                    # gymnasium's: positions differ by U(-0.1, 0.1), which is made of a normal number here, velocities by 0.1 N(0, 1)
-                    shift = 0.1 * np.array([math.erf(z / math.sqrt(2)) for z in noise[:9]])
-                    env.set_state(env.init_qpos + shift, env.init_qvel + 0.1 * noise[9:])
-                    rows.append(observe())
-            else:
-                rows = []
-                for env.data, action, (goal,) in zip(animals, message[0].clip(-1, 1), goals):
-                    x = env.data.qpos[0]
-                    env.do_simulation(action, env.frame_skip)
-                    speed = (env.data.qpos[0] - x) / env.dt
-                    reward = (goal * speed if direction else -abs(speed - goal)) - 0.05 * np.square(
-                        action
-                    ).sum()
-                    rows.append(np.append(observe(), reward))
-            pipe.send(np.array(rows).reshape(len(rows), -1))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
 
 
 def make_world(args):
-    return (Navigation if args.env == "navigation" else Cheetah)(args)
+    """The world that --env names: see Navigation, and fewshot/cheetah.py."""
+    return Navigation(args) if args.env == "navigation" else Cheetah(args)
 
 
 def goals(world, args, split, first, count):
@@ -278,7 +172,8 @@ def log_probability(mean, log_std, action):
     """Log density of actions (..., A) under normals with means (..., A) and, for all alike, log deviations (A,) -> (...)."""
     log_std = log_std.clamp(min=math.log(1e-6))
     z = (action - mean) / log_std.exp()
-    return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    normaliser = 0.5 * math.log(2 * math.pi)
+    return (-0.5 * z**2 - log_std - normaliser).sum(-1)
 
 
 def group(params, name):
@@ -482,7 +377,8 @@ def advantages(observation, reward, mask, args):
     reward = reward.double() * mask
     returns = discounted_sum(reward, args.gamma)
     values = baseline(observation, returns, mask)
-    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    nothing = torch.zeros_like(values[..., :1])
+    following = torch.cat([values[..., 1:], nothing], -1)
     errors = reward + args.gamma * following - values
     result = discounted_sum(errors, args.gamma * args.gae_lambda)
     n = mask.sum((1, 2), keepdim=True)
@@ -496,7 +392,8 @@ def baseline(observation, returns, mask):
     H = returns.shape[-1]
     steps = torch.arange(H, device=returns.device, dtype=torch.float64) / 100
     t = steps.expand(returns.shape)[..., None]
-    features = torch.cat([observation, observation**2, t, t**2, t**3, torch.ones_like(t)], -1)
+    powers = [t, t**2, t**3, torch.ones_like(t)]
+    features = torch.cat([observation, observation**2, *powers], -1)
     X = (features * mask[..., None]).flatten(1, 2)
     y = (returns * mask).flatten(1, 2)[..., None]
     ridge = 1e-5 * torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
@@ -509,10 +406,12 @@ def noise(world, args, split, first, count, update):
 
     They depend on the number of the task and of the update alone, so a task's rollouts are the same in any batch.
     """
-    R, H, A = args.rollouts, args.horizon, world.actions
+    R, H = args.rollouts, args.horizon
+    A = world.actions
     seed = args.seed if split == "train" else None
     name = f"rl {args.env} {split} {seed} rollouts {update}"
-    rows = [uniform(name, first + t, R * (world.starts + H * A)) for t in range(count)]
+    of_task = R * (world.starts + H * A)
+    rows = [uniform(name, first + t, of_task) for t in range(count)]
     u = torch.from_numpy(np.array(rows)).clamp(min=2.0**-54)
     normal = torch.special.ndtri(u).float().view(count, R, -1)
     at_start, of_actions = normal[..., : world.starts], normal[..., world.starts :]
@@ -554,7 +453,8 @@ def returns(rollouts):
 def live(params, world, args, split, first, count, updates):
     """Tasks number first .. first + count - 1: act, adapt, act again, ... -> list of Rollouts, updates + 1 of them."""
     targets = goals(world, args, split, first, count)
-    adapted = {k: w.expand(count, *w.shape) for k, w in start(params, args).items()}
+    begin = start(params, args)
+    adapted = {k: w.expand(count, *w.shape) for k, w in begin.items()}
     lived = [act(params, adapted, world, targets, args, split, first, 0)]
     halved = argparse.Namespace(**vars(args) | {"alpha": args.alpha / 2})
     for update in range(1, updates + 1):
@@ -570,6 +470,11 @@ def live(params, world, args, split, first, count, updates):
     return lived
 
 
+def pick(rollouts, tasks):
+    """The rollouts of one task, or of a slice of the tasks."""
+    return Rollouts(*(x[tasks] for x in rollouts))
+
+
 def over_tasks(function, lived):
     """Apply a function of what one task has lived through to each of T tasks -> its tuple of tensors, stacked.
 
@@ -580,8 +485,7 @@ def over_tasks(function, lived):
         return torch.func.vmap(function)(lived)
     rows = []
     for t in range(len(rewards)):
-        of_one = [Rollouts(*(x[t] for x in rollouts)) for rollouts in lived]
-        rows.append(function(of_one))
+        rows.append(function([pick(rollouts, t) for rollouts in lived]))
     return tuple(torch.stack(column) for column in zip(*rows))
 
 
@@ -614,8 +518,8 @@ class Flat:
 
     def back(self, vector):
         sizes = [shape.numel() for shape in self.shapes.values()]
-        pieces = vector.split(sizes)
-        return {k: x.view(shape) for (k, shape), x in zip(self.shapes.items(), pieces)}
+        pieces = dict(zip(self.shapes, vector.split(sizes)))
+        return {k: x.view(self.shapes[k]) for k, x in pieces.items()}
 
 
 def step_weights(after):
@@ -644,7 +548,8 @@ def trpo_step(params, lived, args):
 
     (mean, log_std), pull = torch.func.vjp(policies, params)  # pull: the Jacobian, transposed
     loss = surrogate(mean, log_std)
-    gradient = flat(pull(torch.func.grad(surrogate, (0, 1))(mean, log_std))[0])
+    outer = torch.func.grad(surrogate, (0, 1))(mean, log_std)
+    gradient = flat(pull(outer)[0])
     fisher = fisher_product(params, lived, args, flat)
     direction = conjugate_gradients(fisher, gradient, args.cg_steps)
     curvature = (direction @ fisher(direction)).clamp(min=1e-20)
@@ -661,11 +566,8 @@ def trpo_step(params, lived, args):
             return candidate, found, flat.back(gradient)
         fraction *= 0.8
     zero = torch.zeros(())
-    return (
-        params,
-        {"loss": loss, "gain": zero, "kl": zero, "fraction": 0.0},
-        flat.back(gradient),
-    )  # nothing helped
+    nothing = {"loss": loss, "gain": zero, "kl": zero, "fraction": 0.0}  # no step helped
+    return params, nothing, flat.back(gradient)
 
 
 def mean_kl(weight, old, new):
@@ -684,7 +586,7 @@ def fisher_product(params, lived, args, flat):
     This is the second derivative of KL, because its first derivative vanishes where nothing has changed.
     """
     every = max(1, round(1 / args.fisher_fraction))
-    few = [Rollouts(*(x[::every] for x in rollouts)) for rollouts in lived]
+    few = [pick(rollouts, slice(None, None, every)) for rollouts in lived]
     weight = step_weights(few[-1])[..., None]
 
     def policies(params):
@@ -693,7 +595,8 @@ def fisher_product(params, lived, args, flat):
     (_, log_std), pull = torch.func.vjp(policies, params)
 
     def product(vector):
-        _, (push_mean, push_log_std) = torch.func.jvp(policies, (params,), (flat.back(vector),))  # J v
+        tangent = (flat.back(vector),)
+        _, (push_mean, push_log_std) = torch.func.jvp(policies, (params,), tangent)  # J v
         precision = (-2 * log_std)[:, None, None].exp()
         weighted = weight * precision * push_mean, 2 * push_log_std / len(log_std)
         return flat(pull(weighted)[0]) + args.cg_damping * vector
@@ -847,15 +750,8 @@ def get_args(argv=None):
     reset_unused(args, defaults, UNUSED[args.algorithm])
     if args.adapt != defaults["adapt"]:
         args.method += f" on {'+'.join(args.adapt)}"
-    least = {
-        "fisher_fraction": 1e-6,
-        "rollouts": 1,
-        "horizon": 1,
-        "updates": 1,
-        "test_updates": 1,
-        "cg_steps": 1,
-    }
-    complete(args, defaults, args.env, ("adapt", "env", "seed"), named=("env", "algorithm"), least=least)
+    shown = ("adapt", "env", "seed")
+    complete(args, defaults, args.env, shown, named=("env", "algorithm"), least=LEAST)
     return args
 
 

@@ -36,6 +36,7 @@ from fewshot.records import (
     check_fields,
     checksum,
     differing,
+    is_whole,
     iteration_of,
     read_result,
     read_tensors,
@@ -281,6 +282,8 @@ class Run:
             print(f"note: {file} is damaged: evaluating anew", file=sys.stderr)
             return None
         must_be["iterations"] = self.done
+        if not is_whole(result):  # `read_result` has said so
+            return None
         same = all(result.get(key) == value for key, value in must_be.items())
         return result if same and same_run else None
 

@@ -195,7 +195,7 @@ def test_alphabets_bad_input(cache, capsys, tmp_path):
         )
     for name in ("a", "b"):
         (tmp_path / "mine/train/A" / name).mkdir(parents=True)
-        Image.new("L", (9, 9)).save(tmp_path / "mine/train/A" / name / "1.png")
+        Image.linear_gradient("L").save(tmp_path / "mine/train/A" / name / "1.png")
     words = ["--modes", "mine", "--data-root", tmp_path, "--cache-dir", tmp_path / "cache", "--ways", 2]
     fails(
         capsys,
