@@ -20,14 +20,14 @@ import hashlib
 import numpy as np
 import torch
 
-from fewshot import tool
+from fewshot import plots, tool
 from fewshot.cache import check_enough, prepare
 from fewshot.cheetah import Cheetah
 from fewshot.draws import distinct, uniform
 from fewshot.files import atomic_write, fail
 from fewshot.flags import *  # noqa: F403 (the flags that scripts share: its __all__)
 from fewshot.intervals import student
-from fewshot.names import canonical_mode
+from fewshot.names import canonical_mode, user_path
 from fewshot.parallel import cores, fresh_memory, in_threads, recorded
 from fewshot.published import LAYOUTS, SPLITS
 from fewshot.records import read_log, read_result, read_tensors

@@ -57,11 +57,13 @@ def differing(params, initial):
     return ""
 
 
-def wrong_state(state, fresh, shapes):
+def wrong_state(state, fresh, shapes, moments):
     """In what an optimizer's state does not fit its parameters -> one phrase, or "". PyTorch itself would not look."""
     try:
         if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
             return "the optimizer has another number of parameters"
+        if moments not in (None, len(state["state"])):
+            return "the optimizer has lost its moments"
         for number, of in state["state"].items():
             for key, value in of.items():
                 if key == "step" and not 0 <= float(value) < 2**53:

@@ -106,7 +106,7 @@ class Run:
         fresh = optimizer.state_dict()["param_groups"]
         sizes = [w.shape for group in optimizer.param_groups for w in group["params"]]
         state = self.checkpoint.get("optimizer")
-        wrong = wrong_state(state, fresh, sizes)
+        wrong = wrong_state(state, fresh, sizes, self.checkpoint.get("moments"))
         if wrong:
             self.refuse(wrong)
         optimizer.load_state_dict(state)
@@ -255,6 +255,7 @@ class Run:
             }
             if optimizer is not None:
                 checkpoint["optimizer"] = optimizer.state_dict()
+                checkpoint["moments"] = len(checkpoint["optimizer"]["state"])
             atomic_write(self.folder / "checkpoint.pt", checkpoint)
             (self.folder / "result.json").unlink(missing_ok=True)  # of an earlier checkpoint
 

@@ -123,7 +123,7 @@ def trace(folder):
     log = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         line = json.loads(line)
-        line.pop("seconds")
+        line.pop("seconds", None)
         log.append(line)
     result = json.loads((folder / "result.json").read_text())
     scores = {key: value for key, value in result.items() if key.startswith(("per_", "accuracy", "nil"))}

@@ -69,7 +69,7 @@ def test_the_diff_shows_one_idea():
 
 
 PLAIN = (
-    *("mmaml", "kml", "mprotonet", "afr"),
+    *("mmaml", "kml", "mprotonet", "afr", "transference"),
     *("modgrad", "modgrad_completion", "modgrad_multishot", "modgrad_rl"),
 )
 

@@ -1,0 +1,103 @@
+"""Figures. Matplotlib is imported only when one is drawn, because nothing else needs it."""
+
+import importlib.util
+import textwrap
+
+import numpy as np
+import torch
+
+
+def installed():
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def pyplot():
+    """Matplotlib's pyplot, for files, not for windows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def histogram(found, file, about):
+    """Draw Figure 1 and 5: how often each loss ratio occurs, a panel for each moment."""
+    plt = pyplot()
+    moments = list(dict.fromkeys(row["moment"] for row in found))
+    size = (7 * len(moments), 4.2)
+    figure, axes = plt.subplots(1, len(moments), figsize=size, squeeze=False, layout="constrained")
+    for moment, axis in zip(moments, axes[0]):
+        rows = [row for row in found if row["moment"] == moment]
+        values = np.concatenate([np.ravel(row["LR"]) for row in rows])
+        low, high = np.percentile(values, (0.5, 99.5))
+        bins = np.linspace(min(low, 0.999), max(high, 1.001), 61)
+        for row in rows:
+            inside = np.clip(np.ravel(row["LR"]), bins[0], bins[-1])
+            axis.hist(inside, bins, alpha=0.45, density=True, label=f"{row['state']}: {legend_of(row)}")
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xlabel("loss ratio LR: below 1 the source task helped (tails in the outermost bars)")
+        axis.set_ylabel("density of (source, target) pairs")
+        axis.set_title(moment)
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    save_figure(figure, file, about, 70 * len(moments))
+
+
+def legend_of(row):
+    """The shares of a state, as a figure's legend has them."""
+    parts = []
+    for name, key in (("P", "positive"), ("N", "negative"), ("Nu", "neutral")):
+        if row["all"][key]:
+            parts.append(f"{name} {row['all'][key][0]:.0f} %")
+    return ", ".join(parts) or f"LR < 1: {row['all']['below_one'][0]:.0f} %"
+
+
+def panels(rows, file):
+    """Draw tasks, [(title, Task), ...]: the support images of each, a column for each class."""
+    plt = pyplot()
+    task = rows[0][1]
+    ways = len(task.support_y.unique())
+    shots = len(task.support_x) // ways
+    size = task.support_x.shape[-1]
+    height = 10 * shots / ways * 0.9 + 0.4
+    shape = {"figsize": (10, height * len(rows)), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(rows), 1, **shape)
+    for axis, (title, task) in zip(axes[:, 0], rows):
+        tiles = torch.ones(shots, ways, 3, size + 2, size + 2)
+        images = task.support_x.cpu().view(ways, shots, 3, size, size)
+        tiles[..., 1:-1, 1:-1] = images.transpose(0, 1)
+        picture = tiles.permute(0, 3, 1, 4, 2).reshape(shots * (size + 2), ways * (size + 2), 3)
+        axis.imshow(picture.numpy())
+        axis.set_title(title, fontsize="small")
+        axis.axis("off")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def curves(along, file, about):
+    """Draw Figure 2: loss ratios of source tasks to one target, along training."""
+    plt = pyplot()
+    shape = {"figsize": (6 * len(along), 4), "squeeze": False, "layout": "constrained", "sharey": True}
+    figure, axes = plt.subplots(1, len(along), **shape)
+    for axis, (name, rows) in zip(axes[0], along.items()):
+        t = [row["iteration"] for row in rows]
+        LR = np.array([row["LR"] for row in rows])
+        low, high = np.percentile(LR, (10, 90), axis=1)
+        axis.fill_between(t, low, high, alpha=0.25, label="80 % of the source tasks")
+        axis.plot(t, np.median(LR, 1), label="their median", linewidth=1)
+        for which, style in (("best", "--"), ("worst", ":")):
+            label = f"the source task that is {which} at half"
+            axis.plot(t, LR[:, rows[0][which]], style, label=label, linewidth=1.5)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(xlabel="training iterations", ylabel="LR to one target task", title=name)
+        axis.legend(fontsize="x-small")
+    save_figure(figure, file, about, 60 * len(along))
+
+
+def save_figure(figure, file, about, width):
+    """Give a figure its title, broken into lines of `width` letters, and write it."""
+    plt = pyplot()
+    figure.suptitle(textwrap.fill(about, width), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
