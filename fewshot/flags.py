@@ -50,7 +50,7 @@ AT_MOST = {"image_size": 1024}  # larger images would not fit a batch into any m
 
 def new_parser(docstring, legend):
     """An argument parser that describes itself by the first line of `docstring`, and ends errors by one line."""
-    about = docstring.strip().split("\n")[0]
+    about = (docstring or "").strip().split("\n")[0]  # python -OO drops docstrings
     steady_output()
     parser = argparse.ArgumentParser(description=f"{about} {legend}", allow_abbrev=False)
     parser.error = fail

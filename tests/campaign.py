@@ -159,6 +159,7 @@ class Campaign:
 
     def kills(self):
         """SIGKILL training at random moments, and continue."""
+        happened = collections.Counter()
         for name in RUNS:
             words = [*RUNS[name].split(), "--cache-dir", self.cache]
             calm = self.place / f"{name}-calm"
@@ -167,7 +168,6 @@ class Campaign:
             if first.status != 0:
                 raise RuntimeError(f"{name} does not run at all: {first.err}")
             length = time.monotonic() - begun
-            happened = collections.Counter()
             for case in range(self.times(8 if name in ("kml", "modgrad") else 7)):
                 out = self.place / f"{name}-killed"
                 shutil.rmtree(out, ignore_errors=True)
@@ -180,7 +180,7 @@ class Campaign:
                 happened["the same bits" if same else "WRONG"] += 1
                 if not same:
                     self.note_wrong(f"SIGKILL of {name}", case, again)
-            self.count(f"SIGKILL in {name}.py, then the same command", happened)
+        self.count("SIGKILL in kml, mprotonet, modgrad or afr, then the same command", happened)
 
     def killed_builders(self):
         """SIGKILL the building of a cache, and build it."""
