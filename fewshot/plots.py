@@ -22,6 +22,78 @@ def pyplot():
     return pyplot
 
 
+def run_curves(lines, title, file):
+    """Draw what a run logged against iterations: its loss; and accuracy per mode, or returns, with validation as dots.
+
+    lines: of log.jsonl, as dicts. file: where the PNG goes, a path or an open file.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.8), layout="constrained")
+    of = max(1, len(lines) // 100)  # at most about 100 points: fewer, less noisy ones
+    t = smooth([line["iteration"] for line in lines], of)
+    left.plot(t, smooth([line["loss"] for line in lines], of), color="black", linewidth=1.3)
+    left.set_ylabel("loss on training tasks")
+    colours = {}
+    for name, values in scores_of(lines).items():
+        (drawn,) = right.plot(*points(lines, values, of), linewidth=1.3, label=name)
+        colours[name] = drawn.get_color()
+    for name, (iterations, means) in validation_of(lines).items():
+        style = {"color": colours.get(name, "black"), "linestyle": ":", "marker": "o", "markersize": 4}
+        right.plot(iterations, means, label=f"{name}, validation", **style)
+    right.set_ylabel("return" if "returns" in lines[0] else "accuracy, %")
+    for axis in (left, right):
+        axis.set_xlabel("iterations")
+        axis.grid(alpha=0.3)
+    if right.get_lines():
+        figure.legend(fontsize="small", loc="outside right center")
+    figure.suptitle("\n".join(textwrap.wrap(title, 120)), fontsize="medium")
+    figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def smooth(values, of):
+    """Means of `of` successive values; those at the beginning that fill no group are left out."""
+    return np.array(values[len(values) % of :]).reshape(-1, of).mean(1)
+
+
+def points(lines, values, of):
+    """Iterations and values of the lines that have a value, smoothed."""
+    pairs = [(line["iteration"], value) for line, value in zip(lines, values) if value is not None]
+    iterations, found = zip(*pairs)
+    of = min(of, len(found))
+    return smooth(iterations, of), smooth(found, of)
+
+
+def scores_of(lines):
+    """What a log says of training tasks beside the loss -> {name: a value, or None, for each line}."""
+    if "returns" in lines[0]:
+        return {
+            "before adapting": [line["returns"][0] for line in lines],
+            "after adapting": [line["returns"][-1] for line in lines],
+        }
+    first = lines[0].get("accuracy")
+    if first is None:
+        return {}
+    if not isinstance(first, dict):
+        return {"training tasks": [line["accuracy"] for line in lines]}
+    names = sorted({name for line in lines for name in line["accuracy"]})
+    return {name: [line["accuracy"].get(name) for line in lines] for name in names}
+
+
+def validation_of(lines):
+    """What a log says of validation tasks, by the paper's protocol -> {name: (iterations, means)}."""
+    found = {}
+    for line in lines:
+        measured = line.get("validation", {})
+        measured = measured.get("paper", measured.get("accuracy", {}))
+        for name, value in measured.items():
+            if isinstance(value, dict) and isinstance(value.get("mean"), float):
+                iterations, means = found.setdefault(name, ([], []))
+                iterations.append(line["iteration"])
+                means.append(value["mean"])
+    return found
+
+
 def histogram(found, file, about):
     """Draw Figure 1 and 5: how often each loss ratio occurs, a panel for each moment."""
     plt = pyplot()

@@ -17,6 +17,7 @@ params-<iteration>.pt (--keep-every). Each is written whole or not at all, so a 
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fewshot import plots
 from fewshot.files import atomic_write, fail
 from fewshot.flags import identity
 from fewshot.records import (
@@ -38,6 +40,7 @@ from fewshot.records import (
     differing,
     is_whole,
     iteration_of,
+    read_log,
     read_result,
     read_tensors,
     text_checksum,
@@ -52,7 +55,7 @@ except ImportError:  # Windows: two processes in one --out are not noticed there
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # the terminal is closed
     SIGNALS.append(signal.SIGHUP)
-OUR_FILES = ("checkpoint.pt", "log.jsonl", "result.json")
+OUR_FILES = ("checkpoint.pt", "log.jsonl", "result.json", "curves.png")
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -311,7 +314,20 @@ class Run:
         }
         result["crc32"] = checksum(result)
         atomic_write(self.folder / "result.json", json.dumps(result))
+        self.draw_curves()
         return result
+
+    def draw_curves(self):
+        """Write curves.png, of the log, where matplotlib is installed; else say how to get it."""
+        lines = read_log(self.folder / "log.jsonl")
+        file = self.folder / "curves.png"
+        if not plots.installed():
+            print("note: for a picture of the curves, pip install matplotlib", file=sys.stderr)
+        elif lines:
+            content = io.BytesIO()
+            plots.run_curves(lines, self.args.title, content)
+            atomic_write(file, content.getvalue())
+            print(f"curves: {file}", file=sys.stderr)
 
 
 def release_signals():

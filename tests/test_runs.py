@@ -22,6 +22,7 @@ import modgrad
 import mprotonet
 from data import Task
 from fewshot import parallel as fewshot_parallel
+from fewshot import plots
 from fewshot import published as fewshot_published
 from tests.helpers import (
     CASES,
@@ -477,3 +478,17 @@ held = lock(pathlib.Path("{folder}"))
 print("held", flush=True)
 time.sleep(60)
 """
+
+
+@pytest.mark.curves
+def test_a_run_draws_its_curves_or_says_how(tmp_path, cache, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    words = [*TINY, "--val-every", 2, "--val-tasks", 4, "--cache-dir", cache, "--out", tmp_path]
+    call(kml, monkeypatch, *words)
+    assert f"curves: {tmp_path / 'curves.png'}" in capsys.readouterr().err
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
+    monkeypatch.setattr(plots, "installed", lambda: False)
+    call(kml, monkeypatch, *words, "--lr", 0.5, "--overwrite")
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "curves.png").exists()  # it would be another run's
