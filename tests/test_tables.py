@@ -873,3 +873,19 @@ def test_multi_x_without_an_inductive_column(tmp_path):
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.split("\n") if line.startswith("| Multi-ProtoNet"))
     assert row.startswith("| Multi-ProtoNet | 69.25 ± 1.10 | - |")
+
+
+def test_the_interval_over_seeds_covers_training():
+    """Seeds vary more than tasks: Student's t of three differences, and the interval over tasks in quadrature."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(0, 5, 400)  # all seeds have the same test tasks
+    pairs = []
+    for gain in (0.0, 1.0, 5.0):
+        run = {"scores": {"paper": {"a": 60 + gain + shared}}, "data": {"a": "x"}}
+        base = {"scores": {"paper": {"a": np.full(400, 60.0)}}, "data": {"a": "x"}}
+        pairs.append((run, base))
+    mean, half = tables.over_seeds(pairs, ["a"])
+    of_tasks = 1.96 * shared.std(ddof=1) / 20
+    of_training = 4.303 * np.std([0, 1, 5], ddof=1) / math.sqrt(3)
+    assert math.isclose(mean, 2 + shared.mean())
+    assert math.isclose(half, math.hypot(of_tasks, of_training), rel_tol=1e-3)

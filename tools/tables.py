@@ -16,11 +16,14 @@ Intervals, 95 %, are over test tasks; modes are strata: overall is the mean of t
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import transference
-from data import atomic_write, fail
+from data import atomic_write, fail, student
 from tools.figures import curves
 from tools.papers import SETTINGS, TABLE1, TABLE2
 from tools.reading import (
@@ -28,6 +31,7 @@ from tools.reading import (
     absent,
     budget_text,
     difference,
+    interval,
     joined,
     label,
     on_the_same_tasks,
@@ -67,45 +71,87 @@ def pairs(runs, methods):
 
 
 def by_seed(rows, reference, modes):
-    """Where a configuration was trained from several seeds: a line for each, a column a seed -> Markdown, or ""."""
-    seeds = sorted({run["seed"] for run in rows if run["scores"] and run["seed"] is not None})
-    runs = {
-        (label(run, seed=False), run["seed"]): run
-        for run in rows
-        if run["scores"] and run["seed"] is not None
-    }
+    """Where a configuration was trained from several seeds: a line for each, a column per seed -> Markdown, or "".
+
+    The reference is the run of that method with the fewest flags: its own learning rate, where all were tuned.
+    """
+    runs = {}
+    for run in rows:
+        if run["scores"] and run["seed"] is not None:
+            runs.setdefault(label(run, seed=False), {})[run["seed"]] = run
+    seeds = sorted({seed for of_name in runs.values() for seed in of_name})
     if len(seeds) < 2:
         return ""
-    plain = [name for name, _ in runs if name.split(",")[0] == reference]
-    base_name = (
-        reference if reference in plain or not plain else min(plain, key=len)
-    )  # its own learning rate, where all were tuned
+    plain = [name for name in runs if name.split(",")[0] == reference]
+    base = runs.get(reference) or (runs[min(plain, key=len)] if plain else {})
 
-    def cells(protocol, minus):
-        def cell(name):
-            of = [(runs.get((name, seed)), runs.get((base_name, seed))) for seed in seeds]
-            return ", ".join(
-                show(difference(run, base, protocol, modes), "+")
-                if run and base and minus and run is not base
-                else show(score(run, protocol, modes))
-                if run and not minus
-                else "-"
-                for run, base in of
-            )
+    def scores(name, protocol):
+        found = []
+        for seed in seeds:
+            run = runs[name].get(seed)
+            found.append(show(score(run, protocol, modes)) if run else "-")
+        return ", ".join(found)
 
-        return cell
+    def minus(name, protocol):
+        found = []
+        for seed in seeds:
+            run, other = runs[name].get(seed), base.get(seed)
+            compared = run and other and run is not other
+            found.append(show(difference(run, other, protocol, modes), "+") if compared else "-")
+        return ", ".join(found)
 
     at = f"seeds {' and '.join(map(str, seeds))}"
-    return table(
-        dict.fromkeys(name for name, _ in runs),
-        {
-            "configuration": lambda name: name,
-            f"overall, paper protocol, {at}": cells("paper", False),
-            f"minus {reference} of the same seed": cells("paper", True),
-            f"overall, inductive, {at}": cells("inductive", False),
-            f"minus {reference}, inductive": cells("inductive", True),
-        },
-    )
+    columns = {
+        "configuration": lambda name: name,
+        f"overall, paper protocol, {at}": lambda name: scores(name, "paper"),
+        f"minus {reference} of the same seed": lambda name: minus(name, "paper"),
+        f"overall, inductive, {at}": lambda name: scores(name, "inductive"),
+        f"minus {reference}, inductive": lambda name: minus(name, "inductive"),
+    }
+    return table(runs, columns) + means_over_seeds(runs, base, reference, seeds, modes)
+
+
+def means_over_seeds(runs, base, reference, seeds, modes):
+    """The mean difference from the reference of configurations with three seeds or more -> Markdown, or "".
+
+    Of two seeds an interval that covers training would be ten points wide, and say nothing.
+    """
+    pairs = {}
+    for name, of_name in runs.items():
+        shared = [seed for seed in seeds if seed in of_name and seed in base]
+        if of_name is not base and len(shared) > 2:
+            pairs[name] = [(of_name[seed], base[seed]) for seed in shared]
+    if not pairs:
+        return ""
+    columns = {
+        "configuration": lambda name: name,
+        f"minus {reference}, mean over seeds, 95 % interval over training and tasks": lambda name: show(
+            over_seeds(pairs[name], modes), "+"
+        ),
+        "seeds": lambda name: len(pairs[name]),
+    }
+    return "\n" + table(pairs, columns)
+
+
+def over_seeds(pairs, modes):
+    """Mean difference of pairs of runs, one pair per seed, by the paper's protocol -> (mean, interval), or None.
+
+    Seeds are the outer level: their differences vary with training, which gives Student's t over n seeds. All seeds
+    share their test tasks, so the interval over tasks, of the differences averaged over seeds, is added in quadrature.
+    """
+    means, per_mode = [], {mode: [] for mode in modes}
+    for one, two in pairs:
+        found = difference(one, two, "paper", modes)
+        if found is None:
+            return None
+        means.append(found[0])
+        for mode in modes:
+            x, y = one["scores"]["paper"][mode], two["scores"]["paper"][mode]
+            per_mode[mode].append(x[: len(y)] - y[: len(x)])
+    n = len(pairs)
+    training = student(n) * np.std(means, ddof=1) / math.sqrt(n)
+    _, tasks = interval([np.mean(per_mode[mode], 0) for mode in modes])
+    return float(np.mean(means)), math.hypot(training, tasks)
 
 
 def common_flags(runs, keys):
