@@ -25,7 +25,7 @@ import modgrad_rl
 import mprotonet
 from fewshot.flags import identity
 from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run, run_all
-from tools import papers, reading
+from tools import papers, reading, tables
 
 
 def make_result(folder, method, modes, per_task, inductive=(), args=None, best=None, **flags):
