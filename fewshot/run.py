@@ -319,15 +319,19 @@ class Run:
 
     def draw_curves(self):
         """Write curves.png, of the log, where matplotlib is installed; else say how to get it."""
-        lines = read_log(self.folder / "log.jsonl")
-        file = self.folder / "curves.png"
         if not plots.installed():
             print("note: for a picture of the curves, pip install matplotlib", file=sys.stderr)
-        elif lines:
-            content = io.BytesIO()
+            return
+        lines = read_log(self.folder / "log.jsonl")
+        content = io.BytesIO()
+        try:
             plots.run_curves(lines, self.args.title, content)
-            atomic_write(file, content.getvalue())
-            print(f"curves: {file}", file=sys.stderr)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            print(f"note: {self.folder / 'log.jsonl'} is damaged or empty: no curves of it", file=sys.stderr)
+            return
+        file = self.folder / "curves.png"
+        atomic_write(file, content.getvalue())
+        print(f"curves: {file}", file=sys.stderr)
 
 
 def release_signals():

@@ -376,8 +376,8 @@ class Campaign:
 
     def damaged_images(self):
         """Damage an image or an archive, and decode the set: each ends in a cache or in one line."""
+        happened = collections.Counter()
         for kind in ("image", "zip"):
-            happened = collections.Counter()
             for case in range(self.times(60)):
                 root, place = self.place / "images", self.place / "c4"
                 for folder in (root, place):
@@ -400,7 +400,7 @@ class Campaign:
                 else:
                     happened["WRONG"] += 1
                     self.note_wrong(f"damaged {kind}", f"{case}: {what}", end)
-            self.count(f"damaged {kind}", happened)
+        self.count("damaged images and zips", happened)
 
     # ----- malicious files
 
