@@ -162,7 +162,7 @@ class Run:
             self.stopped_by = self.stopped_by or "--stop-after"
 
     def estimate(self):
-        """Say how long the rest will take, judging by the first iterations."""
+        """Say how long the rest will take, from the first iterations."""
         seconds_each = (time.perf_counter() - self.begun) / self.estimate_after
         minutes = seconds_each * (self.args.iterations - self.done) / 60
         advice = "; try --quick?" if minutes > 120 else ""

@@ -570,7 +570,7 @@ def test_bf16_stays_close_to_fp32(module):
 
 
 @pytest.mark.parametrize("module, modulation", MODULATED)
-def test_the_benchmarks_plain_rival_computes_the_same(module, modulation):
+def test_the_benchmarks_plain_baseline_computes_the_same(module, modulation):
     args, params = make_params(module, modulation)
     task = make_task()
     loss = baselines.plain_loss(

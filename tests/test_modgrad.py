@@ -167,7 +167,7 @@ def test_modulation_of_the_gradient_by_hand():
     assert any(below), "or this would not tell"
 
 
-def test_the_rivals_are_maml_where_they_should_be():
+def test_the_baselines_are_maml_where_they_should_be():
     """M = 1 is MAML on the same layers; so are Meta-SGD with equal rates, on all, and T-Net with identity transforms."""
     task = make_task()
     for steps in (1, 2):
@@ -184,8 +184,8 @@ def test_the_rivals_are_maml_where_they_should_be():
             torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
         args, params = make_modgrad("maml", *words)
         expected = modgrad.task_loss(params, task, args)
-        for rival in ("metasgd", "tnet"):
-            args, params = make_modgrad(rival, *words)
+        for baseline in ("metasgd", "tnet"):
+            args, params = make_modgrad(baseline, *words)
             torch.testing.assert_close(
                 modgrad.task_loss(params, task, args), expected, rtol=1e-6, atol=1e-8
             )  # rates are float32
@@ -219,7 +219,7 @@ def test_context_is_the_gradient_of_the_loss_after_a_trial_step(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", modgrad.METHODS)
 @pytest.mark.parametrize("vectorise", [False, True], ids=["loop", "vmap"])
-def test_meta_gradients_of_modgrad_and_its_rivals(algorithm, vectorise):
+def test_meta_gradients_of_modgrad_and_its_baselines(algorithm, vectorise):
     args, params = make_modgrad(algorithm, "--steps", 2, "--alpha", 0.1)
     batch, rng = make_task(seed=3, tasks=2), torch.Generator().manual_seed(3)
     modgrad.run_tasks(params, batch, args, vectorise)

@@ -114,13 +114,13 @@ def test_tables_are_exactly_as_expected(tmp_path):
     expected = """\
 # KML: tables from result files
 
-*s an iteration* is each run's own clock, whatever else its machine was doing; bench.py measures speed.
+*s per iteration* is each run's own clock, whatever else its machine was doing; bench.py measures speed.
 
 ### ProtoNet family, 2mode (omniglot + miniimagenet), 5-way 5-shot
 
 **42 px instead of 84, 4,000 iterations of 4 tasks instead of 30,000 of 10.** 4 test tasks; accuracy in %, 95 % interval over tasks.
 
-| method | overall, paper protocol | overall, inductive | KML's Table 1 | omniglot, paper / inductive | miniimagenet, paper / inductive | parameters | s an iteration |
+| method | overall, paper protocol | overall, inductive | KML's Table 1 | omniglot, paper / inductive | miniimagenet, paper / inductive | parameters | s per iteration |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | ProtoNet | 66.50 ± 2.19 | 65.00 ± 1.96 | 75.12 ± 0.41 | 91.00 ± 1.96 / 90.00 ± 3.92 | 42.00 ± 3.92 / 40.00 ± 0.00 | 1,110 | 0.25 |
 | Multi-ProtoNet | 69.25 ± 1.10 | 68.50 ± 0.98 | 75.33 ± 0.46 | 97.00 ± 1.96 / 96.00 ± 0.00 | 41.50 ± 0.98 / 41.00 ± 1.96 | 2,220 | - |
@@ -173,11 +173,11 @@ def test_tables_of_modgrad_are_exactly_as_expected(tmp_path):
     done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     expected = """\
-### ModGrad and its rivals, miniimagenet, 5-way 5-shot
+### ModGrad and its baselines, miniimagenet, 5-way 5-shot
 
 **42 px instead of 84, 3,000 episodes instead of 50,000.** 2 test tasks; accuracy in %, 95 % interval over tasks. *Last* parameters, and those *best on validation* classes among those kept.
 
-| method | last, paper protocol | last, inductive | best on validation, paper protocol | best on validation, inductive | ModGrad's paper | parameters | s an iteration |
+| method | last, paper protocol | last, inductive | best on validation, paper protocol | best on validation, inductive | ModGrad's paper | parameters | s per iteration |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | ModGrad | 65.00 ± 9.80 | 64.00 ± 9.80 | 65.00 ± 9.80 | 60.00 ± 0.00 | 69.17 ± 0.69 | 1,110 | 0.25 |
 | MAML | 52.00 ± 3.92 | 51.00 ± 3.92 | 65.00 ± 9.80 | 60.00 ± 0.00 | 64.59 ± 0.88 | 1,110 | 0.25 |
@@ -272,7 +272,7 @@ def test_tables_of_attentive_feature_reuse_are_exactly_as_expected(tmp_path):
 
 **42 px instead of 84, 500 iterations of 4 subtasks instead of our default's 60,000 of 4.** 2 test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.
 
-| method | cross-entropy | paper's Table 2, cross-entropy | NIL | paper's Table 2, NIL | transfer to fc100, cross-entropy | paper, mini-Places, cross-entropy | transfer to fc100, NIL | paper, mini-Places, NIL | parameters | s an iteration |
+| method | cross-entropy | paper's Table 2, cross-entropy | NIL | paper's Table 2, NIL | transfer to fc100, cross-entropy | paper, mini-Places, cross-entropy | transfer to fc100, NIL | paper, mini-Places, NIL | parameters | s per iteration |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | MAML | 45.00 ± 9.80 / 44.00 ± 7.84 | 48.7 | 46.00 ± 9.80 / 45.00 ± 7.84 | 49.1 | 35.00 ± 9.80 / 34.00 ± 7.84 | 31.2 | 36.00 ± 9.80 / 35.00 ± 7.84 | 33.8 | 1,100 | 0.5 |
 | AM | 48.00 ± 7.84 / 47.00 ± 5.88 | 51.1 | 48.00 ± 9.80 / 47.00 ± 7.84 | 52.3 | 36.00 ± 11.76 / 35.00 ± 9.80 | 33.5 | 37.00 ± 11.76 / 36.00 ± 9.80 | 34.3 | 1,100 | 0.5 |
@@ -370,7 +370,7 @@ def test_tables_list_the_trials_of_step_sizes(tmp_path):
     done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "| MAML | **0.01: 42.00 ± 1.50**, 0.1: 40.00 ± 1.50, 1: 30.00 ± 1.50 |" in done.stdout
-    assert "ModGrad and its rivals" not in done.stdout, "trials are no results"
+    assert "ModGrad and its baselines" not in done.stdout, "trials are no results"
     (tmp_path / "trials" / "a" / "log.jsonl").write_text("")
     done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert (done.returncode, done.stderr.count("\n"), "--val-every" in done.stderr) == (2, 1, True)

@@ -77,7 +77,7 @@ class Archives:
         return list(importer(paths)["train"].values())
 
 
-def rival_sources(args):
+def baseline_sources(args):
     sources = []
     for mode in args.modes:
         if args.synthetic:
@@ -90,7 +90,7 @@ def rival_sources(args):
             sources.append((mode, Archives(mode, args.data_root)))
         else:
             data.fail(
-                f"{mode} is not under {args.data_root}: the rival needs its image files; or add --synthetic"
+                f"{mode} is not under {args.data_root}: the baseline needs its image files; or add --synthetic"
             )
     return sources
 

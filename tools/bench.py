@@ -8,11 +8,11 @@
     python -m tools.bench gpu --json bench-gpu.json               # under six minutes; nothing to download
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
-          memory-mapped, gathered in batches of 10 tasks. Rival: what the released repositories do, worker processes that
+          memory-mapped, gathered in batches of 10 tasks. Baseline: what the released repositories do, worker processes that
           draw a task, open, decode and resize each of its images with Pillow, and convert it.
 
           Both are given their start-up for free (cache built, workers started, queues drained before each period). The
-          rival gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
+          baseline gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
 
 train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
             ours      as the script does it: on a CPU tasks in --workers threads; beside it with 1 worker and, where the
@@ -68,13 +68,13 @@ from tools.baselines import (
     SCRIPTS,
     VARIANTS,
     DecodingLoader,
+    baseline_sources,
     prepare_adaptation,
     prepare_floor,
     prepare_plain,
     prepare_reuse,
     prepare_step,
     prepare_variant,
-    rival_sources,
 )
 from tools.bench_gpu import bench_gpu, gpu_table, gpu_verdict
 from tools.timing import clock, has_bf16, in_rounds, neighbour, peak_memory, rate, spread, with_threads
@@ -105,7 +105,7 @@ def bench_loader(args, shots):
         args.synthetic,
     )
     loader = torch.utils.data.DataLoader(
-        DecodingLoader(rival_sources(args), args, shots),
+        DecodingLoader(baseline_sources(args), args, shots),
         batch_size=None,
         num_workers=args.workers,
         prefetch_factor=2,
@@ -354,7 +354,7 @@ def train_table(rows, args):
     head = (
         "script",
         "shots",
-        "ours, ms an iteration",
+        "ours, ms per iteration",
         "1 worker / ours",
         "ours / bf16",
         "floor / ours",
@@ -394,7 +394,10 @@ def main():
     parser.add_argument("--meta-batch", type=int, default=BATCH)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument(
-        "--workers", type=int, default=data.cores(), help="tasks at a time; of loader: processes of the rival"
+        "--workers",
+        type=int,
+        default=data.cores(),
+        help="tasks at a time; of loader: processes of the baseline",
     )
     parser.add_argument(
         "--busy", action="store_true", help="train, peers: beside a process that keeps one core busy"
@@ -456,7 +459,7 @@ def main():
         ("reuse", reuse_table),
     ):
         if part in record:
-            batch = f"{args.meta_batch} tasks an iteration, " * (part != "steps")
+            batch = f"{args.meta_batch} tasks per iteration, " * (part != "steps")
             print(
                 f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "
                 f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{table(record[part], args)}"
@@ -464,7 +467,7 @@ def main():
     for shots in args.shots if args.part == "loader" else ():
         samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
         medians = {name: statistics.median(values) for name, values in samples.items()}
-        print(f"loader: {setting}, {shots}-shot, on {args.device}, {args.workers} workers for the rival")
+        print(f"loader: {setting}, {shots}-shot, on {args.device}, {args.workers} workers for the baseline")
         for name, values in samples.items():
             print(
                 f"  {name:18}{medians[name]:10.1f} tasks/s   (rounds {min(values):.1f} to {max(values):.1f})"

@@ -5,7 +5,7 @@
 for runs of modgrad.py (folders with a checkpoint), in the terms of the ModGrad paper:
 
     --gradient-noise    Section 5.4, Figure 9: noise is added to every entry of the inner gradients, at test only, and the
-                        networks are judged on the same test tasks. A level SIGMA is the noise's *standard deviation* (the
+                        networks are evaluated on the same test tasks. A level SIGMA is the noise's *standard deviation* (the
                         paper's eta is its variance, SIGMA^2). As in the released code one noise is drawn for an episode and
                         added in each of its steps, before modulation. All algorithms alike; but CAVIA's gradient has 100
                         entries where MAML's has as many as the network, so equal levels are not equal disturbances.

@@ -40,7 +40,7 @@ MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}  # of Multi-MAML
 UNITS = {
     "image_size": "px",
     "channels": "channels in layer 1",
-    "queries": "queries a class",
+    "queries": "queries per class",
     "precision": "precision",
     "episodes": "episodes",
 }

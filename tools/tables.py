@@ -218,7 +218,7 @@ def block(runs, singles):
     columns |= {f"KML's Table 2, {m}": published(TABLE2[m]) for m in several if table2}
     columns |= {
         "parameters": lambda run: f"{run['parameters']:,}" if run["parameters"] else "-",
-        "s an iteration": lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-",
+        "s per iteration": lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-",
     }
 
     def published_difference(pair):
@@ -363,7 +363,7 @@ def main():
     if reuse:
         parts += ["# Attentive feature reuse: tables from result files\n", *afr_tables(reuse, out, figures)]
     text = (
-        "# KML: tables from result files\n\n*s an iteration* is each run's own clock, whatever else its machine was doing; "
+        "# KML: tables from result files\n\n*s per iteration* is each run's own clock, whatever else its machine was doing; "
         "bench.py measures speed.\n\n" + "\n".join(parts)
     )
     print(text)

@@ -169,7 +169,7 @@ def afr_classification(runs):
                 )
     columns |= {
         "parameters": lambda run: f"{run['parameters']:,}",
-        "s an iteration": lambda run: f"{run['seconds']:.2g}",
+        "s per iteration": lambda run: f"{run['seconds']:.2g}",
     }
     plain = {(run["method"], run["filters"], run["seed"]): run for run in runs if not run["options"]}
     plain |= {

@@ -144,7 +144,7 @@ def modgrad_block(runs):
     }
     columns |= {
         "parameters": lambda run: f"{run['parameters']:,}",
-        "s an iteration": lambda run: f"{run['seconds']:.2g}",
+        "s per iteration": lambda run: f"{run['seconds']:.2g}",
     }
     ours = [run for run in runs if plain(run) == "ModGrad"]
     pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
@@ -168,7 +168,7 @@ def modgrad_block(runs):
         "accuracy in %, 95 % interval over tasks. *Last* parameters, and those *best on validation* classes among those kept.",
     ]
     return (
-        f"### ModGrad and its rivals, {' + '.join(modes)}, {first['ways']}-way {shots}-shot\n\n{' '.join(x for x in about if x)}\n\n"
+        f"### ModGrad and its baselines, {' + '.join(modes)}, {first['ways']}-way {shots}-shot\n\n{' '.join(x for x in about if x)}\n\n"
         + table(runs, columns)
         + ("\n" + table(pairs, differences) if pairs else "")
     )
@@ -290,7 +290,7 @@ MULTISHOT_UNITS = UNITS | {
     "channels": "channels in each layer",
     "test_steps": "steps in testing",
     "iterations": "iterations",
-    "meta_batch": "tasks an iteration",
+    "meta_batch": "tasks per iteration",
 }
 MULTISHOT_OPTIONS = {
     "rank": 5,
@@ -401,7 +401,7 @@ def multishot_tables(folders, out, figures):
         }
         columns |= {
             "training loss": lambda row, f=spread: f(row[1]["loss"], 3),
-            "s an iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}",
+            "s per iteration": lambda row: f"{row[1]['seconds_per_iteration']:.2g}",
         }
         differences = {
             "difference, task by task": lambda row, base=rows[0][0]: f"{base} - {row[0]}",
@@ -461,7 +461,7 @@ def multishot_words(synthetic, budget):
 # What the runs of an environment must have in common to stand in one table, with the protocol's value, and how to say it.
 RL_BUDGET = {
     "iterations": (500, "iterations"),
-    "meta_batch": (40, "tasks an iteration"),
+    "meta_batch": (40, "tasks per iteration"),
     "rollouts": (20, "rollouts"),
     "horizon": (None, "steps"),
     "hidden": (100, "units"),
@@ -557,7 +557,7 @@ def rl_tables(folders, out, figures):
             "ModGrad's Figure 8, after 1 update": lambda run, env=env: RL.get(run["method"], {}).get(
                 env, "-"
             ),
-            "s an iteration": lambda run: f"{run['seconds_per_iteration']:.2g}",
+            "s per iteration": lambda run: f"{run['seconds_per_iteration']:.2g}",
         }
         ours = [run for run in runs if label(run, False) == "ModGrad"]
         pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
