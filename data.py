@@ -7,9 +7,7 @@ are drawn from; multimodal meta-learning draws every task from one of several mo
     episodes = Episodes(["omniglot", "miniimagenet"], "train", ways=5, shots=5, queries=15, image_size=84, seed=0)
     batch = episodes.tasks(first=0, count=10)        # Task: support_x (10, 25, 3, 84, 84), support_y (10, 25), ...
 
-    python data.py list                              # which modes are here, from which source
-    python data.py prepare omniglot miniimagenet     # find or download, check, decode once
-    python data.py show miniimagenet                 # a picture of an episode
+    python data.py list | prepare MODE | verify | show MODE
 
 Task j of a mode is a pure function of its arguments, through a counter-based generator. So every method sees the same
 test tasks on every machine, and a continued run the tasks it would have seen. Images: fewshot/cache.py.
@@ -40,15 +38,12 @@ from fewshot.task import Task
 class Episodes:
     """Draws tasks from one or several modes.
 
-    Task number g comes from mode g mod M and is that mode's task number g // M: modes take turns, which balances them
-    exactly. (The released code starts each batch at a random mode, which balances them on average.)
+    Task number g is task number g // M of mode g mod M: modes take turns. (In the released code they do on average.)
 
     Args:
         modes: names of the M modes. split: "train", "val" or "test". ways, shots, queries: N, K, Q. image_size: S, pixels.
         seed: of training tasks; None for val and test, whose tasks are the same for every run. device: where images live
         and tasks are assembled. root, cache_dir, synthetic, allow_shared: see fewshot.cache.prepare.
-
-    Exits with status 2 if a class has fewer than K + Q images or a split fewer than N classes.
     """
 
     BLOCK = 256  # tasks of one mode that are drawn together; part of what defines a task
@@ -58,14 +53,20 @@ class Episodes:
         root="data", cache_dir=".cache", synthetic=False, allow_shared=False,
     ):  # fmt: skip
         self.modes = [canonical_mode(mode, root) for mode in modes]
-        self.split, self.seed = split, seed
-        self.ways, self.shots = ways, shots
-        self.queries, self.size = queries, image_size
-        self.device, self.synthetic = torch.device(device), synthetic
+        self.split = split
+        self.seed = seed
+        self.ways = ways
+        self.shots = shots
+        self.queries = queries
+        self.size = image_size
+        self.device = torch.device(device)
+        self.synthetic = synthetic
         self.images = []  # of each mode: (n, S, S, C) uint8
         self.folders = []  # of each mode: the name of what its images were made from
         self.contents = {}  # of each mode: a hash of its images and classes
-        self.class_names, self.counts, self.offsets = [], [], []  # of each mode, by class
+        self.class_names = []  # of each mode
+        self.counts = []  # of each mode: images of each class
+        self.offsets = []  # of each mode: row of each class's first image
         self.drawn = {}  # (mode, block): what `draw` returned
         if len(set(self.modes)) < len(self.modes):
             fail(f"--modes names a data set twice: {' '.join(self.modes)}")
@@ -135,8 +136,8 @@ class Episodes:
 
     def tasks(self, first, count):
         """Draw tasks number first .. first + count - 1 over all modes -> Task with a leading dimension `count`."""
-        N, S, M = self.ways, self.size, len(self.modes)
-        K, Q = self.shots, self.queries
+        N, K, Q = self.ways, self.shots, self.queries
+        S, M = self.size, len(self.modes)
         support = fresh_memory((count, N, K, 3, S, S), self.device)
         query = fresh_memory((count, N, Q, 3, S, S), self.device)
         for m in range(M):
@@ -170,8 +171,7 @@ class Episodes:
     def repeated(self, iteration, count):
         """Draw the tasks of a training iteration as the released codes of MMAML and KML do -> like `tasks`.
 
-        There, each of the M modes loads `count` tasks (T), and the T tasks of the iteration are drawn from these *with
-        replacement*, T / M from each mode. So of 10 tasks 8.2 differ on average with two modes, and 6.5 with one.
+        There, each of the M modes loads T = `count` tasks, of which T / M are drawn *with replacement*.
         """
         M, first = len(self.modes), iteration * count
         rng = torch.Generator().manual_seed(1_000_003 * self.seed + iteration)
