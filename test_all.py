@@ -13,10 +13,11 @@ import pytest
 ROOMS = sorted(path.stem for path in (Path(__file__).parent / "tests").glob("test_*.py"))
 
 pytest.register_assert_rewrite(*(f"tests.{room}" for room in ROOMS))
+FIXTURE = type(importlib.import_module("tests.helpers").cache)
 for room in ROOMS:
     module = importlib.import_module(f"tests.{room}")
     for name, thing in vars(module).items():
-        if name.startswith("test_"):
+        if name.startswith("test_") or isinstance(thing, FIXTURE):
             if name in globals() and globals()[name] is not thing:
-                raise ImportError(f"two tests are named {name}: rename the one in tests/{room}.py")
+                raise ImportError(f"two tests or fixtures are named {name}: rename the one in tests/{room}.py")
             globals()[name] = thing

@@ -328,7 +328,8 @@ def checked(folder, allow_shared):
     """The folder, if its splits have nothing in common; else exit and say what."""
     shared = store.shared(folder)
     if shared and not allow_shared:
-        fail(f"{folder.name}: {shared}; or allow it by --allow-shared-classes")
+        mode = folder.name.rsplit("-", 2)[0]
+        fail(f"{mode}: {shared}; or allow it by --allow-shared-classes")
     return folder
 
 
