@@ -12,7 +12,7 @@ from tests.helpers import run
 def test_a_small_campaign_goes_well(part):
     if part == "flags":
         pytest.importorskip("hypothesis")
-    done = run("tests.campaign", "--scale", "0.05", "--seed", "1", "--only", part, timeout=120)
+    done = run("tests.campaign", "--scale", "0.03", "--seed", "1", "--only", part, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = re.findall(r"^\| (.+) \| (\d+) \| (.+) \|$", done.stdout, re.M)
     assert rows
