@@ -19,5 +19,7 @@ for room in ROOMS:
     for name, thing in vars(module).items():
         if name.startswith("test_") or isinstance(thing, FIXTURE):
             if name in globals() and globals()[name] is not thing:
-                raise ImportError(f"two tests or fixtures are named {name}: rename the one in tests/{room}.py")
+                raise ImportError(
+                    f"two tests or fixtures are named {name}: rename the one in tests/{room}.py"
+                )
             globals()[name] = thing
