@@ -483,7 +483,7 @@ def run_tasks(params, batches, args, vectorise, evaluate=False, epsilon=None):
 def one_task(params, kind, task, noise, args, evaluate):
     """ONE subtask -> its loss (), its measures."""
     device = args.device.split(":")[0]
-    with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+    with torch.autocast(device, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
         if evaluate:
             loss = torch.zeros((), device=task.query_x.device)
             outputs = outputs_of_test(params, task, args, kind)

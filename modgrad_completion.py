@@ -402,7 +402,7 @@ def run_tasks(params, batch, args, train=False):
     device = args.device.split(":")[0]
 
     def one(task):
-        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
             loss, _ = task_loss(params, task, args)
         return loss
 

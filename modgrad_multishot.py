@@ -629,7 +629,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
     device = args.device.split(":")[0]
 
     def one(task):
-        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
             loss, *logits = task_loss(params, task, args, evaluate)
         shown = loss
         if not evaluate:  # Reptile's outer loss is a distance

@@ -371,7 +371,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
     device = args.device.split(":")[0]
 
     def one(task):
-        with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
             loss, *logits = task_loss(params, task, args, evaluate)
         correct = [(x.argmax(-1) == task.query_y).float() for x in logits]
         return loss, torch.stack([100 * x.mean() for x in correct])

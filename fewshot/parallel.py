@@ -32,7 +32,8 @@ def in_threads(function, items, workers):
 
     PyTorch's own way is to split each operation over the cores and to wait, after each, for the slowest core. Whole tasks
     in threads wait for each other once per batch: so they do not suffer from another program on one of the cores, and as
-    each operation runs in one thread, results have the same bits for any number of workers.
+    each operation runs in one thread, results have the same bits for any number of workers. In bf16 this needs autocast
+    without its cache of casts: all threads share that cache, and any of them may empty it.
     """
     with concurrent.futures.ThreadPoolExecutor(
         workers, initializer=torch.set_num_threads, initargs=(1,)

@@ -19,6 +19,8 @@ import afr
 import kml
 import mmaml
 import modgrad
+import modgrad_completion
+import modgrad_multishot
 import mprotonet
 from data import Task
 from fewshot import parallel as fewshot_parallel
@@ -38,6 +40,35 @@ from tests.helpers import (
     run,
 )
 from tools import baselines
+
+SMALL_RUNS = {
+    kml: "--meta-batch 2 --queries 2 --channels 2",
+    mmaml: "--meta-batch 2 --queries 2 --channels 2",
+    mprotonet: "--meta-batch 2 --queries 2 --channels 2",
+    modgrad: "--queries 2 --channels 2 --image-size 16",
+    modgrad_completion: "--meta-batch 2 --context 10",
+    modgrad_multishot: "--meta-batch 2 --channels 2 --steps 2 --image-size 16",
+    afr: "--meta-batch 2 --queries 2 --filters 2 --image-size 16",
+}
+
+
+@pytest.mark.parametrize("module", SMALL_RUNS, ids=lambda module: module.__name__)
+def test_bf16_casts_are_not_cached(module, tmp_path, cache, monkeypatch):
+    """Threads share autocast's cache and empty it for each other: with it, equal runs had different bits."""
+    words = f"--synthetic --precision bf16 --iterations 2 --test-tasks 4 {SMALL_RUNS[module]}".split()
+    caching = []
+    autocast = torch.autocast
+
+    def watched(*args, **kwargs):
+        made = autocast(*args, **kwargs)
+        if made._enabled:
+            caching.append(made._cache_enabled)
+        return made
+
+    monkeypatch.setattr(torch, "autocast", watched)
+    call(module, monkeypatch, *words, "--cache-dir", cache, "--out", tmp_path)
+    assert caching
+    assert not any(caching)
 
 
 @pytest.mark.parametrize("module, modulation", CASES)
