@@ -42,9 +42,9 @@ from tests.helpers import (
 from tools import baselines
 
 SMALL_RUNS = {
-    kml: "--meta-batch 2 --queries 2 --channels 2",
-    mmaml: "--meta-batch 2 --queries 2 --channels 2",
-    mprotonet: "--meta-batch 2 --queries 2 --channels 2",
+    kml: "--meta-batch 2 --queries 2 --channels 2 --image-size 16",
+    mmaml: "--meta-batch 2 --queries 2 --channels 2 --image-size 16",
+    mprotonet: "--meta-batch 2 --queries 2 --channels 2 --image-size 16",
     modgrad: "--queries 2 --channels 2 --image-size 16",
     modgrad_completion: "--meta-batch 2 --context 10",
     modgrad_multishot: "--meta-batch 2 --channels 2 --steps 2 --image-size 16",
