@@ -1,6 +1,5 @@
 """Tests: test_documents."""
 
-import argparse
 import ast
 import difflib
 import importlib
@@ -31,15 +30,16 @@ from tests.helpers import (
     TINY,
     Here,
     call,
+    fails,
     get_args,
     here,
     readme_blocks,
     run_all,
 )
-from tools import attention_report, bench, bench_gpu, inspect_gradients, reading
+from tools import attention_report, bench, documents
 
 
-def documents():
+def read_documents():
     """README and what it links to, as one text."""
     names = ("README.md", "RESULTS.md", "docs/protocol.md", "docs/speed.md")
     return "\n".join((HERE / name).read_text() for name in names)
@@ -315,7 +315,7 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
 
 def test_readme_defaults_are_the_defaults():
     """The table of defaults: `--flag` | paper | ours | released code."""
-    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \| ([^|]*?) \|", documents(), re.MULTILINE)
+    rows = re.findall(r"^\| `--([\w-]+)` \|[^|]*\| ([^|]*?) \| ([^|]*?) \|", read_documents(), re.MULTILINE)
     assert len(rows) >= 15
     for module, column in ((kml, 0), (mmaml, 0), (mprotonet, 1)):
         args = vars(get_args(module))
@@ -394,149 +394,68 @@ def test_committed_results_are_whole():
         )
 
 
-def test_readme_says_what_the_result_files_say(tmp_path):
-    readme = documents()
-    runs = {"/".join(run["file"].relative_to(RESULTS).parts[:-1]): run for run in reading.read([RESULTS])}
-    for method in ("maml", "mmaml", "mmaml+kml"):
-        run_ = runs[f"28px/2mode/5shot/{method}"]
-        shown = re.search(rf"^\| {re.escape(reading.label(run_))} \| \d.*$", readme, re.MULTILINE).group()
-        for protocol in ("paper", "inductive"):
-            for modes in (run_["modes"], *([mode] for mode in run_["modes"])):
-                assert reading.show(reading.score(run_, protocol, modes)) in shown
+@pytest.mark.parametrize("name", documents.DOCUMENTS)
+def test_tables_between_markers_are_those_of_the_result_files(name, monkeypatch):
+    """`python -m tools.documents` would change nothing; and no other table of results is there."""
+    monkeypatch.chdir(HERE)
+    text = (HERE / name).read_text()
+    assert documents.filled(text) == text, "run: python -m tools.documents"
+    by_hand = {"README.md": 3, "RESULTS.md": 1, "docs/speed.md": 0}  # files, tools, campaign; "In one page"
+    rest = documents.MARKED.sub("", text)
+    assert len(documents.markdown_tables(rest)) == by_hand[name]
 
-    alone = {
-        ("Multi-ProtoNet", mode): runs[f"42px/{mode}/5shot/multi-protonet"]
-        for mode in ("omniglot", "miniimagenet")
-    }
-    family = {
-        name: runs[f"42px/2mode/5shot/{name.lower()}"] for name in ("ProtoNet", "MProtoNet", "MProtoNet+KML")
-    }
-    modes = family["ProtoNet"]["modes"]
-    family["Multi-ProtoNet"] = reading.joined("Multi-ProtoNet", modes, alone)
-    family = dict(zip(family, reading.on_the_same_tasks(list(family.values()), modes)))
-    for name, run_ in family.items():
-        shown = re.search(
-            rf"^\| {re.escape(name)} \| .* \| \d\d\.\d\d ± 0\.4\d \| .*$", readme, re.MULTILINE
-        ).group()
-        for protocol in ("paper", "inductive"):
-            for of in (modes, *([mode] for mode in modes)):
-                assert reading.show(reading.score(run_, protocol, of)) in shown, (name, protocol, of)
-    said = " ".join(readme.split())
-    for one, two in (
-        ("KML", "ProtoNet"),
-        ("KML", "MProtoNet"),
-        ("MProtoNet", "ProtoNet"),
-        ("KML", "Multi-ProtoNet"),
-        ("ProtoNet", "Multi-ProtoNet"),
+
+def test_numbers_of_the_prose_stand_in_the_tables():
+    """Each number with an interval, in every section of RESULTS.md, stands in a table of the section.
+
+    Those of "In one page" and of README stand in tables of RESULTS.md.
+    """
+    number = re.compile(r"[+-]?\d+\.\d+ (?:± \d+\.\d+|\(\S+ to \S+\))")
+
+    def numbers(lines):
+        return set(number.findall(" ".join(lines)))
+
+    lines = (HERE / "RESULTS.md").read_text().split("\n")
+    sections = {"": []}
+    for line in lines:
+        if line.startswith("## "):
+            sections[line] = []
+        sections[list(sections)[-1]].append(line)
+    one_page = numbers(sections.pop("## In one page"))
+    shown = set()
+    said = set()
+    for head, lines in sections.items():
+        tables = numbers(line for line in lines if line.startswith("|"))
+        prose = numbers(line for line in lines if not line.startswith("|"))
+        assert not prose - tables, head
+        shown |= tables
+        said |= prose
+    assert len(said) > 60
+    assert len(one_page) > 20
+    assert not one_page - shown
+    claims = documents.MARKED.sub("", (HERE / "README.md").read_text())
+    claims = re.findall(r"by (\d+\.\d+ ± \d+\.\d+)", claims)
+    assert claims
+    assert all(f"+{claim}" in shown for claim in claims)
+
+
+def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    for marker, *words in (
+        ("table 1 of results/nowhere", "results/nowhere", "not there"),
+        ("table 9 of results/cheetah", "table 9", "there are 2"),
+        ("table 1 of results/cheetah\ncolumns: methods", "'methods'", "there are: method;"),
+        ("table 1 of results/cheetah\nrows: MAML; TRPO", "'TRPO'", "there are: MAML;"),
+        ("table 1 of results/cheetah\ncolours: blue", "'colours'", "columns"),
+        ("differences of results/five-modes\npairs: kml - tadam", "kml - tadam", "no folder"),
     ):
-        gain = reading.show(
-            reading.difference(
-                *(family[name.replace("KML", "MProtoNet+KML")] for name in (one, two)), "paper", modes
-            ),
-            "+",
-        )
-        assert f"{one} - {two} is {gain}" in said, (one, two, gain)
-    halfway = {mode: runs[f"42px/5000/{mode}/5shot/multi-protonet"] for mode in modes}
-    assert reading.show(reading.score(halfway["miniimagenet"], "paper", ["miniimagenet"])) in said
-    for mode, words in (
-        ("miniimagenet", "ProtoNet of both modes minus it {}"),
-        ("omniglot", "(after 5,000 iterations {})"),
-    ):
-        gain = reading.show(reading.difference(family["ProtoNet"], halfway[mode], "paper", [mode]), "+")
-        assert words.format(gain) in said
-    gain = reading.show(
-        reading.difference(family["ProtoNet"], family["Multi-ProtoNet"], "paper", ["omniglot"]), "+"
-    )
-    assert f"On Omniglot the two differ by {gain}" in said
-
-    def difference(one, two):
-        return reading.show(reading.difference(runs[one], runs[two], "paper", runs[one]["modes"]), "+")
-
-    for one, two in (("mmaml+kml", "mmaml"), ("mmaml+kml", "maml"), ("mmaml", "maml")):
-        assert (
-            f"{one.removeprefix('mmaml+').upper()} - {two.upper()} {difference(*(f'28px/2mode/5shot/{x}' for x in (one, two)))}"
-            in readme
-        )
-    pairs = [re.findall(r"`([^`]*)`", line) for line in re.findall(r"<!-- (.*?) -->", readme)]
-    for one, two in pairs:  # <!-- `run` `other run` -->: what is said next, for each seed
-        said = " and ".join(
-            difference(f"residual/seed{seed}/{one}", f"residual/seed{seed}/{two}") for seed in (0, 1)
-        )
-        assert f"<!-- `{one}` `{two}` -->{said}" in readme.replace("\n", " "), f"{one} - {two}: {said}"
-    assert len(pairs) >= 4
-
-
-def test_readmes_tables_of_modgrad_are_those_of_the_result_files():
-    """Tables and numbers of the section stand in the result files; without result files it has none of either."""
-    readme = documents()
-    section = re.split(r"\n##? ", readme[readme.index("## ModGrad and its baselines at 84 px") :])[0]
-    known = (RESULTS / "tables.md").read_text().split("\n")
-    for file in sorted(RESULTS.glob("modgrad*/gradients/*/gradients.json")):
-        found = json.loads(file.read_text())["found"]
-        known += inspect_gradients.noise_table(found).split("\n")
-        known += inspect_gradients.spectrum_table(
-            [row for row in found if row["algorithm"] in ("modgrad", "maml")]
-        ).split("\n")
-    lines = [line for line in section.split("\n") if line.startswith("|")]
-    assert bool(lines) == any(RESULTS.glob("modgrad*/**/result.json"))
-    assert not [line for line in lines if line not in known]
-    said = re.findall(
-        r"[+-]\d+\.\d+ ± \d+\.\d+", " ".join(line for line in section.split("\n") if not line.startswith("|"))
-    )
-    assert not [number for number in said if number not in "\n".join(lines)], (
-        "what the text says stands in its tables"
-    )
-
-
-@pytest.mark.parametrize(
-    "head, least, numbers",
-    [
-        ("\n## Transference between tasks\n", 12, 8),
-        ("\n## 2D navigation\n", 13, 4),
-        ("\n## Half-cheetah, forwards or backwards\n", 9, 2),
-        ("\n## Multi-shot learning on real alphabets\n", 20, 2),
-        ("\n## Image completion on real faces\n", 11, 4),
-    ],
-)
-def test_readmes_tables_of_a_section_are_those_of_the_result_files(head, least, numbers):
-    readme = documents()
-    section = re.split(r"\n##? ", readme[readme.index(head) + 1 :])[0]
-    known = (RESULTS / "tables.md").read_text().split("\n")
-    lines = [line for line in section.split("\n") if line.startswith("|")]
-    assert len(lines) >= least
-    assert not [line for line in lines if line not in known]
-    text = " ".join(line for line in section.split("\n") if not line.startswith("|"))
-    said = re.findall(r"[+-]?\d+\.\d+ (?:± \d+\.\d+|\(\S+ to \S+\))", text)
-    assert len(said) >= numbers
-    assert not [number for number in said if number not in "\n".join(lines)], (
-        "what the text says stands in its tables"
-    )
-
-
-def test_readme_shows_the_measured_speeds():
-    readme, shown = documents().split("\n"), 0
-    for path in RESULTS.glob("bench-*.json"):
-        record = json.loads(path.read_text())
-        args = argparse.Namespace(**record.get("args", {}))
-        if path.name == "bench-gpu.json":
-            assert set(bench_gpu.gpu_table(record).split("\n")) <= set(readme)
-        for part, table in (
-            ("train", bench.train_table),
-            ("peers", bench.peers_table),
-            ("variants", bench.variants_table),
-            ("steps", bench.steps_table),
-            ("reuse", bench.reuse_table),
-        ):
-            if part in record:
-                assert args.synthetic is False
-                rows = table(record[part], args).split("\n")
-                assert set(rows) <= set(readme), path
-                shown += len(rows) - 2
-    assert shown == 3 + 2 + 2 * 2 + 2 + 12 + 8
+        text = f"<!-- {marker} -->\n<!-- end of table -->\n"
+        assert documents.MARKED.search(text)
+        fails(capsys, lambda text=text: documents.filled(text), *words)
 
 
 def test_transference_results_name_their_commit_or_the_readme_says_that_they_do_not():
-    readme, nameless = documents(), set()
+    readme, nameless = read_documents(), set()
     for file in RESULTS.glob("transference/*/transference.json"):
         if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", json.loads(file.read_text()).get("commit", "")):
             nameless.add(file.parent.name)
@@ -553,31 +472,7 @@ def test_committed_tables_are_those_of_the_result_files(tmp_path):
     assert notes and all(note in text for note in notes), (
         "how a run departed from its command is said beside its numbers"
     )
-    by_seed = text[text.index("| configuration") :].split("\n\n")[0]
-    assert by_seed in documents()
     assert all((RESULTS / file).exists() for file in re.findall(r"\((curves[^)]*)\)", text))
-
-
-def test_readme_says_what_was_found_inside_the_modulation():
-    readme = documents()
-    found = [
-        row
-        for folder in ("residual", "42px")
-        for row in json.loads((RESULTS / folder / "modulation.json").read_text())
-    ]
-    assert len(found) == 5
-    for row in found:
-        assert row["synthetic"] is False
-        change = [
-            row["change"][k]["overall"] for k in ("its mode's mean", "the mean of all", "another mode's mean")
-        ]
-        cells = [
-            f"{row['accuracy']['its own v']['overall']['mean']:.2f}",
-            *(f"{x['mean']:+.2f} ± {x['ci95']:.2f}" for x in change),
-        ]
-        name = "W * M" if row["no_residual"] else "W * (1 + M)"
-        long = ", 10,000 iterations" * (row["iteration"] == 10000)
-        assert f"| {name}, seed {row['seed']}{long} | {' | '.join(cells)} |" in readme
 
 
 def test_readme_is_short_and_its_links_lead_somewhere():

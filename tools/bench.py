@@ -377,6 +377,15 @@ def train_table(rows, args):
     return "\n".join(lines)
 
 
+TABLES = {  # of each part, in the order of bench.py's help
+    "train": train_table,
+    "peers": peers_table,
+    "variants": variants_table,
+    "steps": steps_table,
+    "reuse": reuse_table,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=["loader", "train", "peers", "variants", "steps", "reuse", "gpu"])
@@ -451,13 +460,7 @@ def main():
         record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
     if args.part == "reuse":
         record["reuse"] = [row for shots in args.shots for row in bench_reuse(args, shots)]
-    for part, table in (
-        ("train", train_table),
-        ("peers", peers_table),
-        ("variants", variants_table),
-        ("steps", steps_table),
-        ("reuse", reuse_table),
-    ):
+    for part, table in TABLES.items():
         if part in record:
             batch = f"{args.meta_batch} tasks per iteration, " * (part != "steps")
             print(

@@ -287,6 +287,92 @@ def transference_tables(folders):
     return parts
 
 
+def kml_tables(runs, out, figures):
+    """Runs of the KML family -> parts of tables.md: one block of tables, and one figure, per setting and budget."""
+    keys = ("family", "budget", "ways", "shots")
+    common_flags(runs, keys)
+    groups = {}
+    for run in runs:
+        group = groups.setdefault(tuple(run[k] for k in keys), {})
+        alike = group.setdefault(tuple(run["modes"]), {})
+        first = alike.setdefault(label(run), run)
+        if first is not run:
+            print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)
+    parts = []
+    seen = set()
+    for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:]))):
+        parts += group_tables(groups[key], out, figures, seen)
+    lacking = [
+        f"{setting} {shots}-shot ({family} family)"
+        for family in FAMILIES
+        for setting in SETTINGS
+        for shots in (1, 5)
+        if (family, setting, shots) not in seen
+    ]
+    return [*parts, f"Missing altogether: {', '.join(lacking)}.\n"] if lacking else parts
+
+
+def group_tables(group, out, figures, seen):
+    """{modes: runs by label} of one family, budget, ways and shots -> parts of tables.md.
+
+    A run on one mode alone has no table of its own where it stands as a part of Multi-X in a table of several modes.
+    `seen` collects the settings of the paper that have results.
+    """
+    singles = {
+        (run["method"], modes[0]): run
+        for modes, runs in group.items()
+        if len(modes) == 1
+        for run in runs.values()
+        if label(run) in ("Multi-MAML", "Multi-ProtoNet")
+    }
+    joint = {mode for modes in group if len(modes) > 1 for mode in modes}
+    parts = []
+    for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
+        runs = list(group[modes].values())
+        part_of_another = all(run is singles.get((run["method"], modes[0])) for run in runs)
+        if part_of_another and modes[0] in joint:
+            continue
+        parts.append(block(runs, singles))
+        if not dict(runs[0]["budget"])["synthetic"]:
+            seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
+        if importlib.util.find_spec("matplotlib"):
+            file = out / f"curves-{slug(runs[0])}.png"
+            figures.append((curves, runs, singles, file))
+            parts.append(f"![Accuracy against iterations]({file.name})\n")
+    return parts
+
+
+def make(folders, out):
+    """All tables of the result files under the folders -> (Markdown, figures); Markdown is "" where there is none.
+
+    out: the folder that the Markdown is meant for. A figure is (function, *arguments), which draws it there.
+    """
+    figures = []
+    runs = read(folders)
+    few_shot = read_modgrad(folders)
+    reuse = read_afr(folders)
+    others = [
+        *completion_tables(folders),
+        *multishot_tables(folders, out, figures),
+        *rl_tables(folders, out, figures),
+    ]
+    transfer = transference_tables(folders)
+    if not any((runs, few_shot, reuse, others, transfer)):
+        return "", []
+    parts = [
+        "# KML: tables from result files\n",
+        "*s per iteration* is each run's own clock, whatever else its machine was doing; bench.py measures speed.\n",
+        *kml_tables(runs, out, figures),
+    ]
+    if transfer:
+        parts += ["# Transference: tables from result files\n", *transfer]
+    if few_shot or others:
+        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(few_shot, out, figures), *others]
+    if reuse:
+        parts += ["# Attentive feature reuse: tables from result files\n", *afr_tables(reuse, out, figures)]
+    return "\n".join(parts), figures
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
@@ -295,77 +381,14 @@ def main():
     )
     p.add_argument("--out", default="results", help="folder of tables.md and the figures")
     args = p.parse_args()
-    groups, out = {}, Path(args.out)
-    found = read(args.folders)
-    common_flags(found, ("family", "budget", "ways", "shots"))
-    for run in found:
-        group = groups.setdefault(tuple(run[k] for k in ("family", "budget", "ways", "shots")), {})
-        table_of = group.setdefault(tuple(run["modes"]), {})
-        if label(run) in table_of:
-            print(
-                f"note: {run['file']} repeats {table_of[label(run)]['file']} and is left out", file=sys.stderr
-            )
-        table_of.setdefault(label(run), run)
-    figures, reuse = [], read_afr(args.folders)
-    other, more = (
-        read_modgrad(args.folders),
-        [
-            *completion_tables(args.folders),
-            *multishot_tables(args.folders, out, figures),
-            *rl_tables(args.folders, out, figures),
-        ],
-    )
-    transfer = transference_tables(args.folders)
-    if not groups and not other and not more and not reuse and not transfer:
+    out = Path(args.out)
+    text, figures = make(args.folders, out)
+    if not text:
         fail(
             f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first"
         )
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
-    parts, seen = [], set()
-    for group in (
-        groups[key]
-        for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:])))
-    ):
-        singles = {
-            (run["method"], modes[0]): run
-            for modes, runs in group.items()
-            if len(modes) == 1
-            for run in runs.values()
-            if label(run) in ("Multi-MAML", "Multi-ProtoNet")
-        }
-        for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
-            runs = list(group[modes].values())
-            if all(run is singles.get((run["method"], modes[0])) for run in runs) and any(
-                len(other) > 1 and modes[0] in other for other in group
-            ):
-                continue  # stands as a part of Multi-X in the tables of several modes
-            parts.append(block(runs, singles))
-            if not dict(runs[0]["budget"])["synthetic"]:
-                seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
-            if importlib.util.find_spec("matplotlib"):
-                file = out / f"curves-{slug(runs[0])}.png"
-                figures.append((curves, runs, singles, file))
-                parts.append(f"![Accuracy against iterations]({file.name})\n")
-    lacking = [
-        f"{setting} {shots}-shot ({family} family)"
-        for family in FAMILIES
-        for setting in SETTINGS
-        for shots in (1, 5)
-        if (family, setting, shots) not in seen
-    ]
-    if lacking:
-        parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
-    if transfer:
-        parts += ["# Transference: tables from result files\n", *transfer]
-    if other or more:
-        parts += ["# ModGrad: tables from result files\n", *modgrad_tables(other, out, figures), *more]
-    if reuse:
-        parts += ["# Attentive feature reuse: tables from result files\n", *afr_tables(reuse, out, figures)]
-    text = (
-        "# KML: tables from result files\n\n*s per iteration* is each run's own clock, whatever else its machine was doing; "
-        "bench.py measures speed.\n\n" + "\n".join(parts)
-    )
     print(text)
     atomic_write(out / "tables.md", text)
     for function, *arguments in figures:

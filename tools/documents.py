@@ -1,0 +1,263 @@
+"""Tables between markers: README.md, RESULTS.md and docs/speed.md have their tables from result files, never by hand.
+
+    python -m tools.documents [DOCUMENT ...]
+
+writes every table that stands between markers anew. A marker is an HTML comment, which a reader of the page does not see:
+
+    <!-- table 2 of results/five-modes
+    columns: configuration = method; seeds
+    rows: ProtoNet, `--lr 0.004` = ProtoNet -->
+    | method | seeds |
+    ...
+    <!-- end of table -->
+
+    2 of       which of the tables that are made of the places named next: folders of result files, as for tables.py; or files
+               of other tools, bench-*.json or modulation.json; or a folder of trials, whose subfolders NAME-FLAGVALUE hold logs
+    columns    which columns, in this order, and after " = " what stands in their heads; all, if not given
+    without    the columns that are left out
+    rows       which rows, by their first cell, and after " = " what stands there; if not given, all but missing methods
+
+A table of chosen differences, task by task and by the paper protocol, is made of two runs each, which lie in the folder named,
+or in its folders seed0, seed1, ...:
+
+    <!-- differences of results/five-modes
+    pairs: kml - mprotonet = KML - FiLM; kml - protonet = KML - ProtoNet -->
+
+`<!-- validation of results/five-modes/seed0 -->` shows how runs came along: accuracy on validation tasks against iterations.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data import atomic_write, fail, read_log, read_result
+from tools import bench, bench_gpu, reading, tables
+
+DOCUMENTS = ("README.md", "RESULTS.md", "docs/speed.md")
+MARKED = re.compile(
+    r"(<!-- (table \d+|differences|validation) of (\S[^\n]*?)((?:\n\w+: [^\n]*?)*) -->\n)(.*?)(<!-- end of table -->)",
+    re.DOTALL,
+)
+KEYS = ("columns", "without", "rows", "pairs")
+TRIAL = re.compile(r"(.+)-(lr|inner|alpha)([\d.e-]+)")  # the name of a trial's folder
+FLAGS = {"lr": "--lr", "inner": "--inner-lr", "alpha": "--alpha"}
+
+
+def markdown_tables(text):
+    """Markdown -> its tables, each a list of rows, each a list of cells; the row of dashes is left out."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        rows = [line.strip("| ").split(" | ") for line in block.splitlines()]
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def modulation_table(rows):
+    """What inspect_modulation.py wrote -> Markdown: accuracy with a task's own v, and the change with another."""
+
+    def name(row):
+        form = "W * M" if row["no_residual"] else "W * (1 + M)"
+        longer = ", 10,000 iterations" if row["iteration"] == 10000 else ""
+        return f"{form}, seed {row['seed']}{longer}"
+
+    def change(vector):
+        return lambda row: "{mean:+.2f} ± {ci95:.2f}".format(**row["change"][vector]["overall"])
+
+    columns = {
+        "run": name,
+        "its own v": lambda row: f"{row['accuracy']['its own v']['overall']['mean']:.2f}",
+        "its mode's mean v": change("its mode's mean"),
+        "the mean of both modes": change("the mean of all"),
+        "the other mode's mean": change("another mode's mean"),
+    }
+    return reading.table(rows, columns)
+
+
+def trials_table(folder):
+    """Logs of trials -> Markdown: a row per configuration, its accuracy on validation tasks at each value, the best in bold.
+
+    Accuracies are in %, by the paper protocol, at the last validation of each log.
+    """
+    found = {}
+    flag = None
+    for file in sorted(Path(folder).glob("*/log.jsonl")):
+        name, kind, value = TRIAL.fullmatch(file.parent.name).groups()
+        flag = FLAGS[kind]
+        measured = [entry["validation"] for entry in read_log(file) if "validation" in entry]
+        found.setdefault(name, {})[float(value)] = measured[-1]["paper"]["overall"]["mean"]
+    values = sorted({value for of in found.values() for value in of})
+
+    def cell(value):
+        def show(name):
+            if value not in found[name]:
+                return "-"
+            text = f"{found[name][value]:.2f}"
+            return f"**{text}**" if found[name][value] == max(found[name].values()) else text
+
+        return show
+
+    columns = {"configuration": lambda name: name}
+    columns |= {f"`{flag} {value:g}`": cell(value) for value in values}
+    return reading.table(found, columns)
+
+
+def validation_table(place):
+    """Logs of the runs in a folder -> Markdown: accuracy in % on validation tasks (paper protocol) at each validation."""
+    found = {}
+    for file in sorted(place.glob("*/log.jsonl")):
+        measured = {e["iteration"]: e["validation"] for e in read_log(file) if "validation" in e}
+        found[file.parent.name] = {i: x["paper"]["overall"] for i, x in measured.items()}
+    iterations = sorted({i for of in found.values() for i in of})
+
+    def cell(iteration):
+        return lambda run: "{mean:.2f}".format(**found[run][iteration]) if iteration in found[run] else "-"
+
+    columns = {"iteration": lambda run: run} | {f"{i:,}": cell(i) for i in iterations}
+    return reading.table(found, columns)
+
+
+def bench_tables(file):
+    """What bench.py measured -> Markdown, with the tables that it prints."""
+    record = json.loads(file.read_text())
+    if file.name == "bench-gpu.json":
+        return bench_gpu.gpu_table(record)
+    args = argparse.Namespace(**record["args"])
+    return "\n".join(show(record[part], args) for part, show in bench.TABLES.items() if part in record)
+
+
+def source(places):
+    """Names of folders, or of files of one tool -> Markdown with all tables that are made of them."""
+    paths = [Path(place) for place in places]
+    for path in paths:
+        if not path.exists():
+            fail(
+                f"a marker asks for tables of {path}, which is not there: run this from the repository's root"
+            )
+    if all(path.name == "modulation.json" for path in paths):
+        return modulation_table([row for path in paths for row in json.loads(path.read_text())])
+    if paths[0].name.startswith("bench-"):
+        return bench_tables(paths[0])
+    if any(map(TRIAL.fullmatch, (child.name for child in paths[0].iterdir()))):
+        return trials_table(paths[0])
+    return tables.make(paths, Path("results"))[0]
+
+
+def chosen(words, known, places):
+    """ "a = b; c" -> {"a": "b", "c": "c"}; each must be one of `known`."""
+    found = {}
+    for word in words.split("; "):
+        old, _, new = word.partition(" = ")
+        if old not in known:
+            fail(f"a marker of tables of {places} asks for {old!r}; there are: {'; '.join(known)}")
+        found[old] = new or old
+    return found
+
+
+def render(number, text, places, options):
+    """Table `number` of the Markdown that was made of `places`, with options {key of KEYS: text} -> Markdown."""
+    found = markdown_tables(text)
+    if not 1 <= number <= len(found):
+        fail(f"a marker asks for table {number} of {places}, of which there are {len(found)}")
+    head, *rows = found[number - 1]
+    left_out = chosen(options["without"], head, places) if "without" in options else ()
+    columns = [(place, name) for place, name in enumerate(head) if name not in left_out]
+    if "columns" in options:
+        columns = [(head.index(old), new) for old, new in chosen(options["columns"], head, places).items()]
+    shown = [row for row in rows if ": missing" not in row[0]]
+    if "rows" in options:
+        by_name = {row[0]: row for row in rows}
+        shown = [[new, *by_name[old][1:]] for old, new in chosen(options["rows"], by_name, places).items()]
+    lines = [[name for _, name in columns], ["---"] * len(columns)]
+    lines += [[row[place] for place, _ in columns] for row in shown]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def scores(folder):
+    """A result file of few-shot classification -> what `reading.difference` needs of it."""
+    run = read_result(folder / "result.json")
+    modes = run["modes"]
+    accuracies = np.array(run["per_task"])  # tasks of the modes in turn
+    return {
+        "modes": modes,
+        "scores": {"paper": {mode: accuracies[m :: len(modes)] for m, mode in enumerate(modes)}},
+        "data": dict(zip(modes, reading.images_of(run))),
+        "tasks": (modes, len(accuracies), run.get("tasks_sha256")),
+    }
+
+
+def differences(place, pairs):
+    """Chosen pairs of runs, "a - b = name; c - d", under a folder -> Markdown: their differences of each seed, and the mean.
+
+    The mean over seeds is given from three seeds on, with an interval that covers training too (tables.over_seeds).
+    """
+    folders = sorted(place.glob("seed[0-9]*")) or [place]
+    rows = {}
+    for pair in pairs.split("; "):
+        names, _, shown = pair.partition(" = ")
+        one, two = names.split(" - ")
+        found = [f for f in folders if all((f / name / "result.json").exists() for name in (one, two))]
+        if not found:
+            fail(f"a marker asks for {names} in {place}: no folder there has both runs")
+        rows[shown or names] = {f: (scores(f / one), scores(f / two)) for f in found}
+
+    def of_seed(folder):
+        def cell(name):
+            if folder not in rows[name]:
+                return "-"
+            one, two = rows[name][folder]
+            shared = [mode for mode in one["modes"] if mode in two["modes"]]
+            return reading.show(reading.difference(one, two, "paper", shared), "+")
+
+        return cell
+
+    def mean(name):
+        measured = list(rows[name].values())
+        if len(measured) < 3:
+            return "-"
+        return reading.show(tables.over_seeds(measured, measured[0][0]["modes"]), "+")
+
+    columns = {"difference, task by task, paper protocol": lambda name: name}
+    if folders == [place]:
+        return reading.table(rows, columns | {"overall": of_seed(place)})
+    columns |= {f"seed {folder.name.removeprefix('seed')}": of_seed(folder) for folder in folders}
+    if any(len(of) > 2 for of in rows.values()):
+        columns["mean over seeds, training included"] = mean
+    return reading.table(rows, columns)
+
+
+def filled(text):
+    """A document -> the document with its tables made anew."""
+
+    def anew(match):
+        opening, kind, places, lines, _, closing = match.groups()
+        options = dict(line.split(": ", 1) for line in lines.strip().splitlines())
+        unknown = [key for key in options if key not in KEYS]
+        if unknown:
+            fail(f"a marker of tables of {places} has {unknown[0]!r}: it can have {', '.join(KEYS)}")
+        if kind == "differences":
+            return opening + differences(Path(places), options["pairs"]) + closing
+        if kind == "validation":
+            return opening + render(1, validation_table(Path(places)), places, options) + closing
+        return opening + render(int(kind.split()[1]), source(places.split()), places, options) + closing
+
+    return MARKED.sub(anew, text)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = fail
+    p.add_argument("documents", nargs="*", default=DOCUMENTS, metavar="DOCUMENT", help=", ".join(DOCUMENTS))
+    for file in map(Path, p.parse_args().documents):
+        if not file.exists():
+            fail(f"{file} is not there: run this from the repository's root")
+        text = file.read_text()
+        atomic_write(file, filled(text))
+        print(f"{file}: {len(MARKED.findall(text))} tables", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
