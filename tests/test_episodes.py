@@ -5,12 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import Episodes
 from fewshot import draws as fewshot_draws
 from fewshot import published as fewshot_published
 from fewshot import synthetic as fewshot_synthetic
-from tests.helpers import episodes, fails, picture, prepared
+from tests.helpers import HERE, ROOT, call, episodes, fails, picture, prepared, real
+from tools import pictures
 
 
 def test_episodes_have_distinct_classes_and_images_and_balanced_modes(cache):
@@ -184,3 +186,37 @@ def test_synthetic_modes(cache, mode):
         .mean((2, 4))
     )
     assert abs(large - images[::count]).mean() < 6, "the same scene at any size"
+
+
+@real("omniglot")
+def test_the_picture_of_an_episode_is_what_the_command_draws(tmp_path, monkeypatch):
+    """The picture in the README: pixel by pixel, but for its letters, which PIL's font draws."""
+    call(
+        pictures,
+        monkeypatch,
+        "episode",
+        tmp_path / "episode.png",
+        "omniglot",
+        "synthetic-miniimagenet",
+        "--data-root",
+        ROOT,
+        "--cache-dir",
+        tmp_path,
+    )
+    ours, shown = (
+        np.array(Image.open(file)) for file in (tmp_path / "episode.png", HERE / "docs/episode.png")
+    )
+    assert ours.shape == shown.shape
+    assert (ours[34:] == shown[34:]).all()
+
+
+def test_an_episode_of_synthetic_modes_is_drawn(tmp_path, cache, monkeypatch):
+    file = tmp_path / "episode.png"
+    call(pictures, monkeypatch, "episode", file, "synthetic-fc100", "--cache-dir", cache)
+    picture = np.array(Image.open(file))
+    episodes = Episodes(["fc100"], "test", 5, 5, 3, 42, cache_dir=cache, synthetic=True)
+    task = episodes.tasks(0, 1)
+    for c, k in ((0, 0), (4, 4)):  # class, image
+        wanted = (task.support_x[0, 5 * c + k].permute(1, 2, 0) * 255).round().byte().numpy()
+        top, left = 34 + 46 * c, 4 + 46 * k
+        assert (picture[top : top + 42, left : left + 42] == wanted).all()

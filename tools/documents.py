@@ -88,7 +88,8 @@ def trials_table(folder):
         name, kind, value = TRIAL.fullmatch(file.parent.name).groups()
         flag = FLAGS[kind]
         measured = [entry["validation"] for entry in read_log(file) if "validation" in entry]
-        found.setdefault(name, {})[float(value)] = measured[-1]["paper"]["overall"]["mean"]
+        if measured:
+            found.setdefault(name, {})[float(value)] = measured[-1]["paper"]["overall"]["mean"]
     values = sorted({value for of in found.values() for value in of})
 
     def cell(value):

@@ -1,5 +1,6 @@
-"""Pictures of what finished runs make of test tasks.
+"""Pictures of test tasks, and of what finished runs make of them.
 
+python -m tools.pictures episode task.png omniglot synthetic-miniimagenet      # a test task of each mode
 python -m tools.pictures completion faces.png RUN RUN ...     # ModGrad's Figure 7: images completed from some pixels
 python -m tools.pictures navigation paths.png RUN RUN ...     # paths before and after one update
 """
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import modgrad_completion
 import modgrad_rl
-from data import atomic_write, fail, read_tensors
+from data import Episodes, atomic_write, fail, read_tensors
 
 CELL = 96  # pixels of an image
 PLANE = 220  # pixels of the plane that navigation moves in
@@ -41,6 +42,40 @@ def write_png(picture, path):
     picture.save(content, "PNG")
     atomic_write(path, content.getvalue())
     print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------- episode
+
+
+def draw_episodes(args, ways=5, shots=5, queries=3, size=42, number=0):
+    """A panel per mode: test task `number`, a row per class, its support images on the left, query images on the right.
+
+    A mode whose name begins with "synthetic-" is that mode's procedural stand-in.
+    """
+    columns = shots + queries
+    width, height = columns * (size + 4) + 40, ways * (size + 4) + 36
+    picture = Image.new("RGB", (len(args.runs) * width - 14, height), "white")
+    pen = ImageDraw.Draw(picture)
+    for m, name in enumerate(args.runs):
+        mode = name.removeprefix("synthetic-")
+        where = {"root": args.data_root, "cache_dir": args.cache_dir, "synthetic": mode != name}
+        episodes = Episodes([mode], "test", ways, shots, queries, size, **where)
+        task = episodes.tasks(number, 1)
+        support = task.support_x[0].unflatten(0, (ways, shots))
+        query = task.query_x[0].unflatten(0, (ways, queries))
+        left = m * width + 4
+        pen.text((left, 4), name.replace("-", " "), "black")
+        pen.text((left, 19), f"support: {ways} classes, {shots} images each", "black")
+        pen.text((left + shots * (size + 4) + 12, 19), f"query: {queries} images each", "black")
+        for c in range(ways):
+            for k, image in enumerate([*support[c], *query[c]]):
+                gap = 12 if k >= shots else 0
+                place = left + k * (size + 4) + gap, c * (size + 4) + 34
+                pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+                picture.paste(Image.fromarray(pixels), place)
+                x, y = place
+                pen.rectangle([x - 1, y - 1, x + size, y + size], outline=(200, 200, 200))
+    write_png(picture, args.file)
 
 
 # ------------------------------------------------------------------------------------------------- completion
@@ -142,19 +177,19 @@ def pixel(place, corner):
     return corner[0] + PLANE * (0.5 + 0.5 * x), corner[1] + PLANE * (0.5 - 0.5 * y)
 
 
+KINDS = {"episode": draw_episodes, "completion": draw_completions, "navigation": draw_paths}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
-    p.add_argument("kind", choices=("completion", "navigation"))
+    p.add_argument("kind", choices=tuple(KINDS))
     p.add_argument("file", metavar="FILE", help="the picture, a PNG")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; of an episode, modes")
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
     args = p.parse_args()
-    if args.kind == "completion":
-        draw_completions(args)
-    else:
-        draw_paths(args)
+    KINDS[args.kind](args)
 
 
 if __name__ == "__main__":
