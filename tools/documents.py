@@ -32,8 +32,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from data import atomic_write, fail, read_log, read_result
 from tools import bench, bench_gpu, reading, tables
 
@@ -177,24 +175,16 @@ def render(number, text, places, options):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def scores(folder):
-    """A result file of few-shot classification -> what `reading.difference` needs of it."""
-    run = read_result(folder / "result.json")
-    modes = run["modes"]
-    accuracies = np.array(run["per_task"])  # tasks of the modes in turn
-    return {
-        "modes": modes,
-        "scores": {"paper": {mode: accuracies[m :: len(modes)] for m, mode in enumerate(modes)}},
-        "data": dict(zip(modes, reading.images_of(run))),
-        "tasks": (modes, len(accuracies), run.get("tasks_sha256")),
-    }
-
-
 def differences(place, pairs):
     """Chosen pairs of runs, "a - b = name; c - d", under a folder -> Markdown: their differences of each seed, and the mean.
 
     The mean over seeds is given from three seeds on, with an interval that covers training too (tables.over_seeds).
     """
+
+    def read(folder):
+        file = folder / "result.json"
+        return reading.read_few_shot(file, read_result(file))
+
     folders = sorted(place.glob("seed[0-9]*")) or [place]
     rows = {}
     for pair in pairs.split("; "):
@@ -203,7 +193,7 @@ def differences(place, pairs):
         found = [f for f in folders if all((f / name / "result.json").exists() for name in (one, two))]
         if not found:
             fail(f"a marker asks for {names} in {place}: no folder there has both runs")
-        rows[shown or names] = {f: (scores(f / one), scores(f / two)) for f in found}
+        rows[shown or names] = {f: (read(f / one), read(f / two)) for f in found}
 
     def of_seed(folder):
         def cell(name):

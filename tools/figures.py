@@ -1,11 +1,12 @@
-"""The figure beside a table: accuracy of the training tasks against iterations. Needs matplotlib."""
+"""The figures beside the tables. They need matplotlib."""
 
+import math
 import sys
 
 import numpy as np
 
 from data import read_log
-from tools.reading import budget_text, label, title
+from tools.reading import budget_text, label, score, title
 
 
 def curves(runs, singles, file):
@@ -43,5 +44,123 @@ def curves(runs, singles, file):
     figure.legend(lines.values(), lines, loc="outside right center", fontsize="small")
     about = budget_text(runs[0]["budget"], runs[0]["family"]).replace("**", "")
     figure.suptitle(f"{title(runs[0])}\n{about}".strip(), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def against_steps(runs, about, file):
+    """ModGrad's Figure 5: training loss and accuracy on held-out drawings against steps on new alphabets -> PNG `file`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for name, run in runs.items():
+        name = name.replace("`", "")
+        mean, half = (np.array(run["curve"][k]) for k in ("mean", "ci95"))
+        left.plot(range(len(mean)), mean, label=name, linewidth=1.3)
+        left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
+        right.errorbar(
+            run["after"]["steps"],
+            run["after"]["mean"],
+            run["after"]["ci95"],
+            marker="o",
+            capsize=2,
+            label=name,
+        )
+    top = 1.2 * max(run["curve"]["mean"][0] for run in runs.values())  # what diverges leaves the picture
+    left.set(xlabel="steps made", ylabel="loss of the next training batch", ylim=(0, top))
+    right.set(xlabel="steps made", ylabel="accuracy on held-out drawings, %, paper protocol", xscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=3)
+    figure.suptitle(f"Alphabets not trained on\n{about}".strip(), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def rl_curves(runs, about, file):
+    """ModGrad's Figure 8: left, returns of training tasks before (dotted) and after the update against iterations; right, of test
+    tasks against updates, 95 % intervals -> PNG `file`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    methods = sorted({label(run, False) for run in runs})
+    for run in runs:
+        style = {
+            "color": f"C{methods.index(label(run, False))}",
+            "alpha": 1.0 if run["seed"] == min(r["seed"] for r in runs) else 0.5,
+        }
+        log = run["file"].parent / "log.jsonl"
+        try:
+            lines = read_log(log)
+            of = max(1, len(lines) // 50)  # at most about 50 points
+            points = (
+                np.array(
+                    [
+                        [line["iteration"], line["returns"][0], line["returns"][-1]]
+                        for line in lines[len(lines) % of :]
+                    ]
+                )
+                .reshape(-1, of, 3)
+                .mean(1)
+            )
+            left.plot(points[:, 0], points[:, 2], linewidth=1.4, **style)
+            left.plot(points[:, 0], points[:, 1], ":", linewidth=1, **style)
+        except (OSError, ValueError, KeyError):
+            print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
+        scores = run["scores"]
+        right.errorbar(
+            range(len(scores)),
+            scores.mean(1),
+            1.96 * scores.std(1, ddof=1) / math.sqrt(scores.shape[1]),
+            capsize=2,
+            marker="o",
+            markersize=3,
+            label=label(run).replace("`", ""),
+            **style,
+        )
+    left.set(xlabel="iterations", ylabel="return on training tasks, before (dotted) and after")
+    right.set(xlabel="inner updates", ylabel="return on test tasks", xticks=range(len(runs[0]["scores"])))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
+    figure.suptitle(f"{runs[0]['env']}\n{about}".strip(), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def against_shots(runs, about, file):
+    """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name in sorted({label(run) for run in runs}):
+        of = sorted((run["shots"], *score(run, "paper", run["modes"])) for run in runs if label(run) == name)
+        axis.errorbar(
+            *zip(*((shots, mean) for shots, mean, _ in of)),
+            [half for *_, half in of],
+            marker="o",
+            capsize=2,
+            label=name.replace("`", ""),
+        )
+    axis.set(
+        xlabel="shots",
+        ylabel="accuracy in %, paper protocol, last parameters",
+        xticks=sorted({run["shots"] for run in runs}),
+    )
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
+    figure.suptitle(
+        f"{' + '.join(runs[0]['modes'])}, {runs[0]['ways']}-way\n{about}".strip(),
+        fontsize="medium",
+    )
     figure.savefig(file, dpi=110)
     plt.close(figure)

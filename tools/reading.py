@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import fail, read_result
+from data import fail, read_log, read_result
 from tools.papers import SETTINGS
 
 # Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
@@ -46,70 +46,92 @@ UNITS = {
 }
 
 
+def read_each(folders, take):
+    """take(file, result) of every result.json under the folders, where it is not None -> list.
+
+    Ends with one line if a file is not whole: `take` may raise what a missing or misshapen entry raises.
+    """
+    taken = []
+    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+        try:
+            run = take(file, read_result(file))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            why = f"{type(error).__name__}: {error}"
+            fail(f"{file} is not a whole result file ({why}): delete it, run its command again")
+        if run is not None:
+            taken.append(run)
+    return taken
+
+
 def read(folders):
-    """All runs under the folders -> list of dicts (see read_run)."""
-    files = sorted({file for folder in folders for file in Path(folder).rglob("result.json")})
-    return [run for run in map(read_run, files) if run]
+    """All runs of the KML family under the folders -> list of dicts (see read_run)."""
+    return read_each(folders, read_run)
 
 
-def read_run(file):
-    """One result.json -> what the tables need of it; None if it is of a script that makes no table of the KML paper.
+def read_run(file, run):
+    """A result file and its content -> what the tables need of it; None if its script makes no table of the KML paper.
 
     `scores` is {protocol: {mode: array of its tasks' accuracies}}, `options` what differs from the paper's method,
     `budget` what two runs must have in common to stand in one table.
     """
-    try:
-        run = read_result(file)
-        method = (
-            run["method"] if "algorithm" not in run.get("args", {}) else ""
-        )  # modgrad.py has a MAML of its own
-        family = "MAML" if method in FAMILIES["MAML"] else "ProtoNet"
-        if method not in FAMILIES[family]:
-            return None
-        modes, args = run["modes"], run["args"]
-        if method == "MMAML+KML":
-            args = {"adapt": "modulated"} | args  # so were runs from before there was this flag
-        usual = OPTIONS | {"lr_halve_every": HALVING[family]}
-        options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
-        steps = ITERATIONS[family]
-        if method == "ProtoNet" and len(modes) == 1:
-            method = "Multi-ProtoNet"
-        elif method == "MAML" and len(modes) == 1:
-            own = MULTI_MAML.get(modes[0], MULTI_MAML[""])
-            if own.items() <= options.items():
-                method, options = "Multi-MAML", {k: v for k, v in options.items() if k not in own}
-                steps = MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
-        done = run["iterations"], args["meta_batch"]
-        protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
-        return {
-            "method": method,
-            "modes": modes,
-            "family": family,
-            "options": options,
-            "seed": args["seed"],
-            "ways": run["ways"],
-            "shots": run["shots"],
-            "file": file,
-            "data": dict(zip(modes, images_of(run))),
-            "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
-            "note": run.get("note"),
-            "budget": (
-                *tuple((k, args.get(k, v)) for k, v in BUDGET.items()),
-                ("steps", "paper" if done == steps else done),
-                ("synthetic", run["synthetic"]),
-            ),
-            "scores": {
-                protocol: {mode: np.array(x[m :: len(modes)]) for m, mode in enumerate(modes)}
-                for protocol, x in protocols.items()
-                if x is not None
-            },
-            "parameters": sum(run["parameters"].values()),
-            "seconds": run["seconds_per_iteration"],
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        fail(
-            f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again"
-        )
+    if "algorithm" in run.get("args", {}):
+        return None  # modgrad.py has a MAML of its own
+    family = "MAML" if run["method"] in FAMILIES["MAML"] else "ProtoNet"
+    if run["method"] not in FAMILIES[family]:
+        return None
+    args = run["args"]
+    method, options, full = row_of(run, family)
+    done = run["iterations"], args["meta_batch"]
+    budget = {k: args.get(k, v) for k, v in BUDGET.items()}
+    budget |= {"steps": "paper" if done == full else done, "synthetic": run["synthetic"]}
+    return read_few_shot(file, run) | {
+        "method": method,
+        "family": family,
+        "options": options,
+        "note": run.get("note"),
+        "budget": tuple(budget.items()),
+    }
+
+
+def row_of(run, family):
+    """A result -> the method whose row it fills, its flags beside that method's, and the paper's (iterations, tasks in each)."""
+    args = run["args"]
+    modes = run["modes"]
+    if run["method"] == "MMAML+KML":
+        args = {"adapt": "modulated"} | args  # so were runs from before there was this flag
+    usual = OPTIONS | {"lr_halve_every": HALVING[family]}
+    options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+    if run["method"] == "ProtoNet" and len(modes) == 1:
+        return "Multi-ProtoNet", options, ITERATIONS[family]
+    if run["method"] == "MAML" and len(modes) == 1:
+        own = MULTI_MAML.get(modes[0], MULTI_MAML[""])
+        if own.items() <= options.items():
+            others = {k: v for k, v in options.items() if k not in own}
+            return "Multi-MAML", others, MULTI_ITERATIONS.get(modes[0], MULTI_ITERATIONS[""])
+    return run["method"], options, ITERATIONS[family]
+
+
+def read_few_shot(file, run):
+    """What tables need of any result of few-shot classification: modes, seed, scores by protocol and mode, and so on."""
+    modes = run["modes"]
+    protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
+    return {
+        "modes": modes,
+        "seed": run["args"]["seed"],
+        "ways": run["ways"],
+        "shots": run["shots"],
+        "file": file,
+        "data": dict(zip(modes, images_of(run))),
+        "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
+        "scores": {name: by_mode(x, modes) for name, x in protocols.items() if x is not None},
+        "parameters": sum(run["parameters"].values()),
+        "seconds": run["seconds_per_iteration"],
+    }
+
+
+def by_mode(values, modes):
+    """Values of tasks, whose modes take turns -> {mode: array}."""
+    return {mode: np.array(values[m :: len(modes)]) for m, mode in enumerate(modes)}
 
 
 def absent(method, modes=()):
@@ -252,3 +274,33 @@ def slug(run):
         *steps,
     ]
     return "-".join(words).lower()
+
+
+def trials_block(runs, setting, about):
+    """Trials of step sizes -> Markdown: what each method was tried with, the last validation accuracy in its log, the best bold.
+    A trial is a run in a folder called `trials`; it stands in no other table. Each run: {"file", "method", "options", "seed", "alpha"}."""
+    found = {}
+    for run in runs:
+        try:
+            lines = read_log(run["file"].parent / "log.jsonl")
+            last = [line["validation"] for line in lines if "validation" in line][-1]
+            last = (
+                last["accuracy"] if "accuracy" in last else last["paper"]["overall"]
+            )  # multi-shot, few-shot
+        except (OSError, ValueError, KeyError, IndexError):
+            fail(
+                f"{run['file'].parent} is a trial without validation in its log: train it with --val-every, or remove it"
+            )
+        name = label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}})
+        found.setdefault(name, []).append((run["alpha"], last["mean"], last["ci95"]))
+
+    def cells(name):
+        best = max(found[name], key=lambda trial: trial[1])
+        shown = [f"{alpha:g}: {mean:.2f} ± {half:.2f}" for alpha, mean, half in sorted(found[name])]
+        return ", ".join(
+            f"**{text}**" if trial is best else text for text, trial in zip(shown, sorted(found[name]))
+        )
+
+    return f"### Trials of step sizes on validation classes, {setting}\n\n{about}\n\n" + table(
+        sorted(found), {"method": str, "size of an inner step: accuracy in %, paper protocol": cells}
+    )

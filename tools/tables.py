@@ -44,7 +44,10 @@ from tools.reading import (
     title,
 )
 from tools.tables_afr import afr_tables, read_afr
-from tools.tables_modgrad import completion_tables, modgrad_tables, multishot_tables, read_modgrad, rl_tables
+from tools.tables_completion import completion_tables
+from tools.tables_modgrad import modgrad_tables, read_modgrad
+from tools.tables_multishot import multishot_tables
+from tools.tables_rl import rl_tables
 
 PAIRS = (
     (3, 2),
