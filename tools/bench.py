@@ -386,7 +386,8 @@ TABLES = {  # of each part, in the order of bench.py's help
 }
 
 
-def main():
+def parse_args():
+    """The command line -> its flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=["loader", "train", "peers", "variants", "steps", "reuse", "gpu"])
     parser.add_argument(
@@ -433,63 +434,75 @@ def main():
         data.fail("--variants captured: a CUDA graph needs --device cuda:0; leave it out")
     if args.part == "steps" and args.precision != "fp32":
         data.fail("steps is measured in fp32: leave --precision out")
+    if args.part == "gpu" and args.device == "cpu" and not args.smoke:
+        data.fail("gpu: there is no GPU here; --smoke tries the command itself on a CPU")
     args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
+    return args
+
+
+def measure(args):
+    """Measure one part, but for loader and gpu -> list of rows, one per script or method, and number of shots."""
+    if args.part in ("train", "variants"):
+        bench = bench_train if args.part == "train" else bench_variants
+        return [bench(name, args, shots) for name in args.scripts for shots in args.shots]
+    bench = {"peers": bench_peers, "steps": bench_steps, "reuse": bench_reuse}[args.part]
+    return [row for shots in args.shots for row in bench(args, shots)]
+
+
+def show_loader(samples, about):
+    """Print tasks per second of the sampler and of the decoding loader."""
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    print(about)
+    for name, values in samples.items():
+        rounds = f"(rounds {min(values):.1f} to {max(values):.1f})"
+        print(f"  {name:18}{medians[name]:10.1f} tasks/s   {rounds}")
+    print(f"  {'ratio':18}{medians['sampler'] / medians['decoding loader']:10.1f}")
+
+
+def write(record, args):
+    """Write every sample, the flags and the versions to --json."""
+    device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": Image.__version__,
+        "machine": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "json")}
+    text = json.dumps(record | {"args": kept, "versions": versions}, indent=1)
+    data.atomic_write(Path(args.json), text)
+
+
+def main():
+    args = parse_args()
     if args.part == "gpu":
-        if args.device == "cpu" and not args.smoke:
-            data.fail("gpu: there is no GPU here; --smoke tries the command itself on a CPU")
         args.json = args.json or "bench-gpu.json"
         record = bench_gpu(args)
         print(f"\n{gpu_table(record)}\n\n{gpu_verdict(record)}\n\nwritten: {args.json}")
         return
-    setting = f"{'SYNTHETIC ' * args.synthetic}{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
-    record = {}
     if args.part == "train" and args.profile:
         for name in args.scripts:
             for shots in args.shots:
                 profile(name, args, shots)
         return
-    if args.part == "train":
-        record["train"] = [bench_train(name, args, shots) for name in args.scripts for shots in args.shots]
-    if args.part == "peers":
-        record["peers"] = [row for shots in args.shots for row in bench_peers(args, shots)]
-    if args.part == "variants":
-        record["variants"] = [
-            bench_variants(name, args, shots) for name in args.scripts for shots in args.shots
-        ]
-    if args.part == "steps":
-        record["steps"] = [row for shots in args.shots for row in bench_steps(args, shots)]
-    if args.part == "reuse":
-        record["reuse"] = [row for shots in args.shots for row in bench_reuse(args, shots)]
-    for part, table in TABLES.items():
-        if part in record:
-            batch = f"{args.meta_batch} tasks per iteration, " * (part != "steps")
-            print(
-                f"{part}: {setting}, {batch}{args.precision}, on {args.device} with "
-                f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians\n\n{table(record[part], args)}"
-            )
-    for shots in args.shots if args.part == "loader" else ():
-        samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
-        medians = {name: statistics.median(values) for name, values in samples.items()}
-        print(f"loader: {setting}, {shots}-shot, on {args.device}, {args.workers} workers for the baseline")
-        for name, values in samples.items():
-            print(
-                f"  {name:18}{medians[name]:10.1f} tasks/s   (rounds {min(values):.1f} to {max(values):.1f})"
-            )
-        print(f"  {'ratio':18}{medians['sampler'] / medians['decoding loader']:10.1f}")
+    setting = "SYNTHETIC " if args.synthetic else ""
+    setting += f"{'+'.join(args.modes)}, {args.ways}-way, {args.queries} queries, {args.image_size} px"
+    record = {}
+    if args.part == "loader":
+        for shots in args.shots:
+            samples = record[f"loader, {shots}-shot"] = bench_loader(args, shots)
+            how = f"on {args.device}, {args.workers} workers for the baseline"
+            show_loader(samples, f"loader: {setting}, {shots}-shot, {how}")
+    else:
+        rows = record[args.part] = measure(args)
+        batch = "" if args.part == "steps" else f"{args.meta_batch} tasks per iteration, "
+        threads = f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians"
+        print(f"{args.part}: {setting}, {batch}{args.precision}, on {args.device} with {threads}\n")
+        print(TABLES[args.part](rows, args))
     if args.json:
-        device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pillow": Image.__version__,
-            "machine": device,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-        kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "json")}
-        data.atomic_write(
-            Path(args.json), json.dumps(record | {"args": kept, "versions": versions}, indent=1)
-        )
+        write(record, args)
 
 
 if __name__ == "__main__":

@@ -174,75 +174,14 @@ def common_flags(runs, keys):
 
 
 def block(runs, singles):
-    """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences.
+    """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences, then seeds beside each other.
 
     `singles`: {(method, mode): its run on that mode alone}, of the same ways, shots, family and budget.
     """
-    first, methods = runs[0], FAMILIES[runs[0]["family"]]
-    modes, shots, setting = first["modes"], first["shots"], setting_name(first["modes"])
-    several = modes if len(modes) > 1 else []
-    comparable = first["ways"] == 5 and shots in (1, 5) and not dict(first["budget"])["synthetic"]
-    table1, table2 = TABLE1.get(setting, {}) if comparable else {}, comparable and setting == "2mode-dagger"
-
-    order = {run["method"]: run for run in runs if label(run) == run["method"]}
-    if several:
-        order = {m: order.get(m) or absent(m) for m in methods} | {
-            methods[1]: joined(methods[1], modes, singles)
-        }
-    rest = [run for run in runs if run not in order.values()]
-    rows = [
-        *order.values(),
-        *sorted(rest, key=lambda run: (methods.index(run["method"]), label(run, seed=False), run["seed"])),
-    ]
-    rows = on_the_same_tasks(rows, modes)
-
-    def published(where):
-        return lambda run: show(where[run["method"]][shots == 5] if where and not run["options"] else None)
-
-    def missing(run):
-        return (
-            ": missing" + f" ({', '.join(run['missing'])})" * bool(run["missing"])
-            if not run["scores"]
-            else ""
-        )
-
-    columns = {
-        "method": lambda run: label(run) + missing(run),
-        "overall, paper protocol": lambda run: show(score(run, "paper", modes)),
-        "overall, inductive": lambda run: show(score(run, "inductive", modes)),
-    }
-    columns |= {"KML's Table 1": published(table1)} if table1 else {}
-    columns |= {
-        f"{m}, paper / inductive": lambda run, m=m: " / ".join(
-            show(score(run, protocol, [m])) for protocol in ("paper", "inductive")
-        )
-        for m in several
-    }
-    columns |= {f"KML's Table 2, {m}": published(TABLE2[m]) for m in several if table2}
-    columns |= {
-        "parameters": lambda run: f"{run['parameters']:,}" if run["parameters"] else "-",
-        "s per iteration": lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-",
-    }
-
-    def published_difference(pair):
-        return (
-            "-"
-            if any(run["options"] for run in pair)
-            else "{:+.2f}".format(
-                table1[pair[0]["method"]][shots == 5][0] - table1[pair[1]["method"]][shots == 5][0]
-            )
-        )
-
-    differences = {
-        "difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
-        "overall, paper protocol": lambda pair: show(difference(*pair, "paper", modes), "+"),
-        "overall, inductive": lambda pair: show(difference(*pair, "inductive", modes), "+"),
-    }
-    differences |= {"KML's Table 1": published_difference} if table1 else {}
-    differences |= {
-        f"{m}, paper protocol": lambda pair, m=m: show(difference(*pair, "paper", [m]), "+") for m in several
-    }
-
+    first = runs[0]
+    methods = FAMILIES[first["family"]]
+    modes = first["modes"]
+    rows = in_order(runs, singles)
     count = max(sum(map(len, run["scores"]["paper"].values())) for run in rows if run["scores"])
     about = [
         budget_text(first["budget"], first["family"]),
@@ -251,12 +190,100 @@ def block(runs, singles):
         "accuracy in %, 95 % interval over tasks.",
         *sorted({run["note"] for run in runs if run.get("note")}),
     ]
-    compared = pairs(rows, methods)
-    return f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}" + "".join(
-        f"\n{more}"
-        for more in (table(compared, differences) if compared else "", by_seed(rows, methods[0], modes))
-        if more
-    )
+    parts = [
+        f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n",
+        accuracies(rows, first),
+        differences(pairs(rows, methods), first),
+        by_seed(rows, methods[0], modes),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def in_order(runs, singles):
+    """Runs in the order of the paper's table, the missing methods among them, then variants and other seeds; on the same tasks."""
+    methods = FAMILIES[runs[0]["family"]]
+    modes = runs[0]["modes"]
+    usual = {run["method"]: run for run in runs if label(run) == run["method"]}
+    if len(modes) > 1:
+        usual = {method: usual.get(method) or absent(method) for method in methods}
+        usual[methods[1]] = joined(methods[1], modes, singles)
+
+    def place(run):
+        return methods.index(run["method"]), label(run, seed=False), run["seed"]
+
+    rest = [run for run in runs if run not in usual.values()]
+    return on_the_same_tasks([*usual.values(), *sorted(rest, key=place)], modes)
+
+
+def published_of(first):
+    """What KML's paper has of a run's setting -> (Table 1 {method: accuracy at 1 and 5 shots}, Table 2 {mode: the same})."""
+    comparable = first["ways"] == 5 and first["shots"] in (1, 5) and not dict(first["budget"])["synthetic"]
+    setting = setting_name(first["modes"])
+    if not comparable:
+        return {}, {}
+    return TABLE1.get(setting, {}), TABLE2 if setting == "2mode-dagger" else {}
+
+
+def accuracies(rows, first):
+    """Runs -> Markdown: the accuracy of each, overall and by mode, and the paper's beside it."""
+    modes = first["modes"]
+    several = modes if len(modes) > 1 else []
+    table1, table2 = published_of(first)
+    five = first["shots"] == 5
+
+    def missing(run):
+        of = f" ({', '.join(run['missing'])})" if run.get("missing") else ""
+        return "" if run["scores"] else f": missing{of}"
+
+    def overall(protocol):
+        return lambda run: show(score(run, protocol, modes))
+
+    def of_mode(mode):
+        return lambda run: " / ".join(show(score(run, x, [mode])) for x in ("paper", "inductive"))
+
+    def published(numbers):
+        return lambda run: "-" if run["options"] else show(numbers[run["method"]][five])
+
+    columns = {
+        "method": lambda run: label(run) + missing(run),
+        "overall, paper protocol": overall("paper"),
+        "overall, inductive": overall("inductive"),
+    }
+    if table1:
+        columns["KML's Table 1"] = published(table1)
+    columns |= {f"{mode}, paper / inductive": of_mode(mode) for mode in several}
+    if table2:
+        columns |= {f"KML's Table 2, {mode}": published(table2[mode]) for mode in several}
+    columns["parameters"] = lambda run: f"{run['parameters']:,}" if run["parameters"] else "-"
+    columns["s per iteration"] = lambda run: f"{run['seconds']:.2g}" if run["seconds"] else "-"
+    return table(rows, columns)
+
+
+def differences(compared, first):
+    """Pairs of runs -> Markdown: their differences, task by task, and the paper's beside them; "" if there are none."""
+    modes = first["modes"]
+    several = modes if len(modes) > 1 else []
+    table1, _ = published_of(first)
+    five = first["shots"] == 5
+
+    def minus(protocol, modes):
+        return lambda pair: show(difference(*pair, protocol, modes), "+")
+
+    def published(pair):
+        if any(run["options"] for run in pair):
+            return "-"
+        one, two = (table1[run["method"]][five][0] for run in pair)
+        return f"{one - two:+.2f}"
+
+    columns = {
+        "difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}",
+        "overall, paper protocol": minus("paper", modes),
+        "overall, inductive": minus("inductive", modes),
+    }
+    if table1:
+        columns["KML's Table 1"] = published
+    columns |= {f"{mode}, paper protocol": minus("paper", [mode]) for mode in several}
+    return table(compared, columns) if compared else ""
 
 
 def transference_tables(folders):
