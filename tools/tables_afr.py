@@ -1,95 +1,98 @@
 """The tables of attentive feature reuse."""
 
 import importlib.util
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import afr
-from data import fail, read_log, read_result
+from data import read_log
 from tools.papers import AFR_TABLE1, AFR_TABLE2, AFR_TRANSFER
-from tools.reading import UNITS, images_of, label, show, table
+from tools.reading import UNITS, images_of, label, read_each, show, table
 
 AFR_BUDGET = {"image_size": 84, "queries": 15, "precision": "fp32", "iterations": 60000, "meta_batch": 4}
 AFR_ORDER = ("classification", "depth", "vanishing", "normals")  # of columns, the paper's
 
 
+OPTIONS = {
+    "steps": 5,
+    "lr": 1e-3,
+    "attention_lr": 1e-3,
+    "lr_halve_every": 0,
+    "inner_clip": 20.0,
+    "first_order": False,
+    "head": "modulated",
+    "embed": "support",
+    "attention_blocks": 2,
+    "attention_width": 16,
+    "kl_weight": 1.0,
+}
+
+
 def read_afr(folders):
-    """All runs of afr.py under the folders -> list of dicts. `scores`: {(measure, stratum or transfer mode): array over tasks}, where
-    a measure is one of afr.KEYS; `data`: {stratum or mode: what its images were made from}."""
-    runs = []
-    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
-        try:
-            run = read_result(file)
-            if "nil_or_error" not in run:
-                continue
-            args, strata = run["args"], run["strata"]
-            usual = {
-                "steps": 5,
-                "lr": 1e-3,
-                "attention_lr": 1e-3,
-                "lr_halve_every": 0,
-                "inner_clip": 20.0,
-                "first_order": False,
-                "head": "modulated",
-                "embed": "support",
-                "attention_blocks": 2,
-                "attention_width": 16,
-                "kl_weight": 1.0,
-                "alpha": [0.01 if args["algorithm"] == "maml" else afr.ALPHA[kind] for kind in args["tasks"]],
-                "loss_weights": [afr.LOSS_WEIGHTS[kind] for kind in args["tasks"]],
-            }
-            flags = {
-                k: " ".join(map(str, args[k])) if isinstance(args[k], list) else args[k]
-                for k, v in usual.items()
-                if args.get(k, v) != v
-            }
-            scores = {
-                (key, stratum): np.array(run[tasks][i :: len(strata)])
-                for key, tasks in zip(afr.KEYS, afr.PER_TASK)
-                for i, stratum in enumerate(strata)
-            }
-            scores |= {
-                (key, mode): np.array(found[tasks])
-                for mode, found in run["transfer"].items()
-                for key, tasks in zip(afr.KEYS, afr.PER_TASK)
-            }
-            data = (
-                dict.fromkeys(strata, images_of(run)[0])
-                if strata == args["tasks"]
-                else dict(zip(strata, images_of(run)))
-            )
-            runs.append(
-                {
-                    "method": run["method"],
-                    "options": flags,
-                    "seed": args["seed"],
-                    "first_seed": 0,
-                    "modes": run["modes"],
-                    "tasks": args["tasks"],
-                    "filters": args["filters"],
-                    "ways": run["ways"],
-                    "shots": run["shots"],
-                    "file": file,
-                    "synthetic": run["synthetic"],
-                    "budget": tuple(
-                        (k, args[k] if k != "iterations" else run["iterations"]) for k in AFR_BUDGET
-                    ),
-                    "scores": scores,
-                    "domains": run["domains"],
-                    "data": data
-                    | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()},
-                    "transfer": list(run["transfer"]),
-                    "parameters": sum(run["parameters"].values()),
-                    "seconds": run["seconds_per_iteration"],
-                    "test_tasks": run["test_tasks"],
-                }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
-            fail(
-                f"{file} is not a whole result file ({type(error).__name__}: {error}): delete it, run its command again"
-            )
-    return runs
+    """All runs of afr.py under the folders -> list of dicts (see read_run)."""
+    return read_each(folders, read_run)
+
+
+def read_run(file, run):
+    """A result file and its content -> what the tables need of it; None if it is of another script.
+
+    `scores`: {(measure, stratum or transfer mode): array over tasks}, where a measure is one of afr.KEYS; `data`: {stratum or
+    mode: what its images were made from}.
+    """
+    if "nil_or_error" not in run:
+        return None
+    args = run["args"]
+    budget = {k: args[k] for k in AFR_BUDGET if k != "iterations"} | {"iterations": run["iterations"]}
+    return {
+        "method": run["method"],
+        "options": flags_of(args),
+        "seed": args["seed"],
+        "first_seed": 0,
+        "modes": run["modes"],
+        "tasks": args["tasks"],
+        "filters": args["filters"],
+        "ways": run["ways"],
+        "shots": run["shots"],
+        "file": file,
+        "synthetic": run["synthetic"],
+        "budget": tuple((k, budget[k]) for k in AFR_BUDGET),
+        "scores": scores_of(run),
+        "domains": run["domains"],
+        "data": images_by_stratum(run),
+        "transfer": list(run["transfer"]),
+        "parameters": sum(run["parameters"].values()),
+        "seconds": run["seconds_per_iteration"],
+        "test_tasks": run["test_tasks"],
+    }
+
+
+def flags_of(args):
+    """The flags of a run that differ from the defaults -> dict."""
+    alpha = [0.01 if args["algorithm"] == "maml" else afr.ALPHA[kind] for kind in args["tasks"]]
+    weights = [afr.LOSS_WEIGHTS[kind] for kind in args["tasks"]]
+    usual = OPTIONS | {"alpha": alpha, "loss_weights": weights}
+    differs = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+    return {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in differs.items()}
+
+
+def scores_of(run):
+    """{(measure, stratum or transfer mode): array over tasks} of a result."""
+    strata = run["strata"]
+    scores = {}
+    for key, tasks in zip(afr.KEYS, afr.PER_TASK):
+        scores |= {(key, stratum): np.array(run[tasks][i :: len(strata)]) for i, stratum in enumerate(strata)}
+        scores |= {(key, mode): np.array(found[tasks]) for mode, found in run["transfer"].items()}
+    return scores
+
+
+def images_by_stratum(run):
+    """{stratum or transfer mode: what its images were made from} of a result."""
+    strata = run["strata"]
+    of_high_level_tasks = strata == run["args"]["tasks"]  # else strata are modes
+    images = images_of(run)
+    data = dict.fromkeys(strata, images[0]) if of_high_level_tasks else dict(zip(strata, images))
+    return data | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()}
 
 
 def afr_about(run):
@@ -127,182 +130,214 @@ def afr_score(run, key, name, sign="", minus=None):
     return show(found and (found["mean"], found["ci95"]), sign)
 
 
+PAIRS = (
+    ("ANIL", "MAML"),
+    ("AM", "MAML"),
+    ("AM", "ANIL"),
+    ("P-AM", "ANIL"),
+    ("P-AM", "AM"),
+    ("AM, constant", "ANIL"),
+    ("AM", "AM, constant"),
+)
+
+
 def afr_classification(runs):
     """Runs of one setting -> Markdown: Table 2, left (1 or 5 shots) and right (cross-entropy and NIL, transfer)."""
-    first, order = runs[0], list(afr.METHODS.values())
+    first = runs[0]
+    order = list(afr.METHODS.values())
     runs = sorted(runs, key=lambda run: (order.index(run["method"]), run["filters"], label(run)))
-    known = (
-        first["modes"] == ["miniimagenet"]
-        and first["ways"] == 5
-        and first["shots"] in (1, 5)
-        and not first["synthetic"]
-    )
+    counts = " or ".join(f"{n:,}" for n in sorted({run["test_tasks"] for run in runs}))
+    about = [
+        afr_about(first),
+        f"{counts} test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.",
+    ]
+    title = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
+    columns, differences = classification_columns(runs)
+    pairs = compared(runs)
+    text = f"### {title}\n\n{' '.join(x for x in about if x)}\n\n{table(runs, columns)}"
+    return text + ("\n" + table(pairs, differences) if pairs else "")
 
-    def name(run):
-        return label(run) + f", {run['filters']} filters" * (run["filters"] != 32)
 
-    def both(name, keys, sign="", of=lambda x: (x, None)):
-        return lambda x: " / ".join(afr_score(of(x)[0], key, name, sign, of(x)[1]) for key in keys)
+def named(run):
+    """A run's label, with its filters where they are not 32."""
+    return label(run) + (f", {run['filters']} filters" if run["filters"] != 32 else "")
 
-    columns, pair = (
-        {"method": name},
-        {"difference, task by task": lambda pair: f"{name(pair[0])} - {name(pair[1])}"},
-    )
+
+def classification_columns(runs):
+    """The columns of a table of accuracies, and of one of differences -> two dicts {head: function that makes a cell}."""
+    first = runs[0]
+    comparable = first["modes"] == ["miniimagenet"] and first["ways"] == 5 and first["shots"] in (1, 5)
+    known = comparable and not first["synthetic"]
+    columns = {"method": named}
+    differences = {"difference, task by task": lambda pair: f"{named(pair[0])} - {named(pair[1])}"}
+
+    def cell(stratum, keys):
+        return lambda run: " / ".join(afr_score(run, key, stratum) for key in keys)
+
+    def minus(stratum, keys):
+        return lambda pair: " / ".join(afr_score(pair[0], key, stratum, "+", pair[1]) for key in keys)
+
+    def published(of):
+        return lambda run: "-" if run["options"] else of(run["method"])
+
     for stratum in [*first["modes"], *dict.fromkeys(mode for run in runs for mode in run["transfer"])]:
-        where = (
-            f"{stratum}, "
-            if len(first["modes"]) > 1
-            else f"transfer to {stratum}, "
-            if stratum not in first["modes"]
-            else ""
-        )
+        where = f"{stratum}, " if len(first["modes"]) > 1 else ""
+        if stratum not in first["modes"]:
+            where = f"transfer to {stratum}, "
         for i, (what, keys) in enumerate((("cross-entropy", afr.KEYS[:2]), ("NIL", afr.KEYS[2:]))):
-            columns[f"{where}{what}, paper protocol / inductive"] = both(stratum, keys)
-            pair[f"{where}{what}, paper protocol / inductive"] = both(stratum, keys, "+", lambda x: x)
+            columns[where + what] = cell(stratum, keys)
+            differences[where + what] = minus(stratum, keys)
             if known and stratum == "miniimagenet":
-                columns[f"paper's Table 2, {what}"] = lambda run, i=i: (
-                    "-" if run["options"] else AFR_TABLE2[run["method"]]["M"][first["shots"] == 5][i]
+                five = first["shots"] == 5
+                columns[f"paper's Table 2, {what}"] = published(
+                    lambda name, i=i, five=five: AFR_TABLE2[name]["M"][five][i]
                 )
             elif known and first["shots"] == 1:
-                columns[f"paper, mini-Places, {what}"] = lambda run, i=i: (
-                    "-" if run["options"] else AFR_TRANSFER[run["method"]][i]
-                )
-    columns |= {
-        "parameters": lambda run: f"{run['parameters']:,}",
-        "s per iteration": lambda run: f"{run['seconds']:.2g}",
-    }
-    plain = {(run["method"], run["filters"], run["seed"]): run for run in runs if not run["options"]}
-    plain |= {
-        (f"{run['method']}, constant", run["filters"], run["seed"]): run
-        for run in runs
-        if run["options"] == {"embed": "constant"}
-    }
-    pairs = [
-        (plain.get((one, *rest)), plain.get((two, *rest)))
-        for rest in dict.fromkeys(key[1:] for key in plain)
-        for one, two in (
-            ("ANIL", "MAML"),
-            ("AM", "MAML"),
-            ("AM", "ANIL"),
-            ("P-AM", "ANIL"),
-            ("P-AM", "AM"),
-            ("AM, constant", "ANIL"),
-            ("AM", "AM, constant"),
-        )
-    ]
-    pairs = [both for both in pairs if None not in both]
-    counts = " or ".join(f"{n:,}" for n in sorted({run["test_tasks"] for run in runs}))
-    return (
-        f"### {' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot\n\n{afr_about(first)} {counts} test tasks; accuracy in %, 95 % "
-        "interval over tasks; each cell paper protocol / inductive.\n\n".replace("  ", " ")
-        + table(runs, columns).replace(", paper protocol / inductive", "")
-        + ("\n" + table(pairs, pair).replace(", paper protocol / inductive", "") if pairs else "")
-    )
+                columns[f"paper, mini-Places, {what}"] = published(lambda name, i=i: AFR_TRANSFER[name][i])
+    columns["parameters"] = lambda run: f"{run['parameters']:,}"
+    columns["s per iteration"] = lambda run: f"{run['seconds']:.2g}"
+    return columns, differences
+
+
+def compared(runs):
+    """Which runs to compare: those of PAIRS that differ in nothing else -> list of pairs."""
+    plain = {}
+    for run in runs:
+        others = run["filters"], run["seed"]
+        if not run["options"]:
+            plain[(run["method"], *others)] = run
+        elif run["options"] == {"embed": "constant"}:
+            plain[(f"{run['method']}, constant", *others)] = run
+    found = []
+    for others in dict.fromkeys(key[1:] for key in plain):
+        for one, two in PAIRS:
+            if (one, *others) in plain and (two, *others) in plain:
+                found.append((plain[one, *others], plain[two, *others]))
+    return found
+
+
+class Row(NamedTuple):
+    """What the runs in a row of Table 1 have in common."""
+
+    kind: str  # single or multi meta-task
+    some: str  # of a multi meta-task: which high-level tasks, where not all four
+    method: str
+    name: str  # the method with its flags
+    filters: int
+    seed: int
+
+    def __str__(self):
+        some = f" ({self.some})" if self.some else ""
+        seed = f", seed {self.seed}" if self.seed else ""
+        return f"{self.kind} meta-task{some}, {self.name}, {self.filters} filters{seed}"
+
+
+def row_of(run):
+    kind = "multi" if len(run["tasks"]) > 1 else "single"
+    some = "+".join(run["tasks"]) if kind == "multi" and len(run["tasks"]) < 4 else ""
+    name = label(run, False) if run["options"] else run["method"]
+    return Row(kind, some, run["method"], name, run["filters"], run["seed"])
+
+
+def rows_of(runs):
+    """Runs, single and multi meta-task -> {Row: {high-level task: its run}}: a row of single meta-tasks has a run for each."""
+    rows = {}
+    for run in runs:
+        group = rows.setdefault(row_of(run), {})
+        for task in run["tasks"]:
+            group.setdefault(task, run)
+    methods = list(afr.METHODS.values())
+
+    def place(row):
+        return row.kind != "single", row.some, methods.index(row.method), *map(str, row[3:])
+
+    return {row: rows[row] for row in sorted(rows, key=place)}
+
+
+def on_the_same_tasks(rows, tasks):
+    """Cut the scores of each high-level task to the test tasks that every run has; changes `rows`."""
+    for task in tasks:
+        holders = [group for group in rows.values() if task in group]
+        count = min(len(group[task]["scores"][key, task]) for group in holders for key in afr.KEYS)
+        for group in holders:
+            scores = group[task]["scores"]
+            cut = {key: x[:count] if key[1] == task else x for key, x in scores.items()}
+            group[task] = group[task] | {"scores": cut}
+
+
+def rows_to_compare(rows):
+    """Pairs of rows: attention against none, and multi meta-task against single, where they differ in nothing else."""
+    methods = (("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM"))
+    found = []
+    for one in rows:
+        for two in rows:
+            if one == two or one[4:] != two[4:]:
+                continue
+            attention = one[:2] == two[:2] and (one.name, two.name) in methods
+            several = (one.kind, two.kind) == ("multi", "single") and one[2:] == two[2:]
+            if attention or several:
+                found.append((one, two))
+    return found
+
+
+def multi_columns(rows, tasks):
+    """The columns of Table 1, and of its differences -> two dicts {head: function that makes a row's, or a pair's, cell}."""
+    columns = {"run": str}
+    differences = {"difference, task by task": lambda pair: f"{pair[0]} - {pair[1]}"}
+
+    def cell(task, keys):
+        def of(row):
+            if task not in rows[row]:
+                return "-"
+            return " / ".join(afr_score(rows[row][task], key, task) for key in keys)
+
+        return of
+
+    def minus(task, keys):
+        def of(pair):
+            one, two = (rows[row].get(task) for row in pair)
+            return " / ".join(afr_score(one, key, task, "+", two) for key in keys) if one and two else "-"
+
+        return of
+
+    def published(task, i):
+        def of(row):
+            numbers = AFR_TABLE1.get(row.kind, {}).get(row.name, {}).get(row.filters)
+            if numbers is None or row.some:
+                return "-"
+            in_thousandths = i and task != "depth"
+            return f"{numbers[AFR_ORDER.index(task)][i] * (1000 if in_thousandths else 1):.4g}"
+
+        return of
+
+    for task in tasks:
+        second = "NIL" if task == "classification" else "error"
+        for i, (what, keys) in enumerate((("accuracy", afr.KEYS[:2]), (second, afr.KEYS[2:]))):
+            columns[f"{task}, {what}"] = cell(task, keys)
+            differences[f"{task}, {what}"] = minus(task, keys)
+            if what != "NIL":
+                columns[f"MMT, {task}, {what}"] = published(task, i)
+    return columns, differences
 
 
 def afr_multi(runs):
     """Runs of one setting, single and multi meta-task -> Markdown: Table 1."""
     first = runs[0]
-
-    def kind(run):
-        return "multi" if len(run["tasks"]) > 1 else "single"
-
-    rows = {}  # single meta-task: a run for each task, one row for all
-    for run in runs:
-        group = rows.setdefault(
-            (
-                kind(run),
-                "+".join(run["tasks"]) if kind(run) == "multi" and len(run["tasks"]) < 4 else "",
-                run["method"],
-                label(run, False) if run["options"] else run["method"],
-                run["filters"],
-                run["seed"],
-            ),
-            {},
-        )
-        for task in run["tasks"]:
-            group.setdefault(task, run)
-    rows = dict(
-        sorted(
-            rows.items(),
-            key=lambda row: (
-                row[0][0] != "single",
-                row[0][1],
-                list(afr.METHODS.values()).index(row[0][2]),
-                *map(str, row[0][3:]),
-            ),
-        )
-    )
+    rows = rows_of(runs)
     tasks = [task for task in AFR_ORDER if any(task in group for group in rows.values())]
-
-    for task in tasks:  # all numbers of a column are of the same test tasks
-        holders = [group for group in rows.values() if task in group]
-        count = min(len(group[task]["scores"][key, task]) for group in holders for key in afr.KEYS)
-        for group in holders:
-            cut = {key: x[:count] if key[1] == task else x for key, x in group[task]["scores"].items()}
-            group[task] = group[task] | {"scores": cut}
-
-    def name(key):
-        return (
-            f"{key[0]} meta-task{f' ({key[1]})' * bool(key[1])}, {key[3]}, {key[4]} filters"
-            + f", seed {key[5]}" * bool(key[5])
-        )
-
-    def cell(task, keys):
-        return lambda key: (
-            " / ".join(afr_score(rows[key][task], k, task) for k in keys) if task in rows[key] else "-"
-        )
-
-    def published(task, i):
-        def number(key):
-            numbers = AFR_TABLE1.get(key[0], {}).get(key[3], {}).get(key[4])
-            return (
-                "-"
-                if numbers is None or key[1]
-                else numbers[AFR_ORDER.index(task)][i] * (1000 if i and task != "depth" else 1)
-            )
-
-        return lambda key: x if isinstance(x := number(key), str) else f"{x:.4g}"
-
-    columns, differences = (
-        {"run": name},
-        {"difference, task by task": lambda pair: f"{name(pair[0])} - {name(pair[1])}"},
-    )
-
-    def difference(task, keys):
-        def made(pair):
-            one, two = (rows[key].get(task) for key in pair)
-            return " / ".join(afr_score(one, k, task, "+", two) for k in keys) if one and two else "-"
-
-        return made
-
-    for task in tasks:
-        two = (("accuracy", afr.KEYS[:2]), ("NIL" if task == "classification" else "error", afr.KEYS[2:]))
-        for i, (what, keys) in enumerate(two):
-            columns[f"{task}, {what}"] = cell(task, keys)
-            differences[f"{task}, {what}"] = difference(task, keys)
-            if not (task == "classification" and i):
-                columns[f"MMT, {task}, {what}"] = published(task, i)
-    pairs = [
-        (one, two)
-        for one in rows
-        for two in rows
-        if one != two
-        and one[4:] == two[4:]
-        and (
-            (one[:2] == two[:2] and (one[3], two[3]) in (("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM")))
-            or (one[0] == "multi" and two[0] == "single" and one[2:] == two[2:])
-        )
+    on_the_same_tasks(rows, tasks)
+    columns, differences = multi_columns(rows, tasks)
+    pairs = rows_to_compare(rows)
+    setting = f"{first['ways']}-way {first['shots']}-shot"
+    about = [
+        afr_about(first),
+        "*Accuracy* in % (of regressions: outputs within 1e-3 of labels in [0, 1]), *error*: mean squared error in thousandths; "
+        "paper protocol / inductive; 95 % interval over test tasks, of regressions over the test domains. In the columns MMT are "
+        "the paper's numbers, on other data.",
     ]
-    return (
-        f"### {' + '.join(first['modes'])}: single and multi meta-task, {first['ways']}-way {first['shots']}-shot\n\n{afr_about(first)} "
-        "*Accuracy* in % (of regressions: outputs within 1e-3 of labels in [0, 1]), *error*: mean squared error in thousandths; paper protocol / "
-        "inductive; 95 % interval over test tasks, of regressions over the test domains. In the columns MMT are the paper's numbers, on other data.\n\n".replace(
-            "  ", " "
-        )
-        + table(rows, columns)
-        + ("\n" + table(pairs, differences) if pairs else "")
-    )
+    title = f"{' + '.join(first['modes'])}: single and multi meta-task, {setting}"
+    text = f"### {title}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
+    return text + ("\n" + table(pairs, differences) if pairs else "")
 
 
 def validation_curves(runs, file):
