@@ -221,75 +221,72 @@ def spectrum_table(rows):
 
 
 def draw(rows, about, args, out):
+    """Rows of what was found -> gradient-noise.png and gradient-spectrum.png in `out`, as far as they were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     if "noise" in rows[0]:
-        figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-        for row in rows:
-            levels = [float(sigma) for sigma in row["noise"]]
-            scores = [x["accuracy"]["overall"] for x in row["noise"].values()]
-            axis.errorbar(
-                levels,
-                [x["mean"] for x in scores],
-                [x["ci95"] for x in scores],
-                capsize=2,
-                linewidth=1.4,
-                label=label(row),
-                linestyle=":" if "scaled" in row["run"] else "-",
-            )
-        axis.set_xscale("symlog", linthresh=min(s for s in levels if s))
-        axis.set_xticks(levels, [f"{s:g}" for s in levels])
-        axis.minorticks_off()
-        axis.set(
-            xlabel="standard deviation of the noise on each entry of the inner gradient",
-            ylabel="accuracy in %, paper protocol",
-        )
-        axis.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(
-            textwrap.fill(f"{about}, {args.tasks} test tasks, 95 % intervals", 90), fontsize="medium"
-        )
-        figure.savefig(out / "gradient-noise.png", dpi=110)
-        plt.close(figure)
+        noise_figure(rows, f"{about}, {args.tasks} test tasks, 95 % intervals", out / "gradient-noise.png")
     rows = [row for row in rows if row.get("spectrum")]
     if rows:
-        kernels = sorted({k for row in rows for k in row["spectrum"]})
-        figure, axes = plt.subplots(
-            1, len(kernels), figsize=(4.5 * len(kernels), 4), squeeze=False, layout="constrained", sharey=True
+        spectra_figure(rows, f"{about}, mean of {args.step_tasks} test tasks", out / "gradient-spectrum.png")
+
+
+def noise_figure(rows, about, file):
+    """Accuracy against the level of noise, a line for each run; dotted where its step was scaled."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for row in rows:
+        levels = [float(sigma) for sigma in row["noise"]]
+        scores = [x["accuracy"]["overall"] for x in row["noise"].values()]
+        means = [x["mean"] for x in scores]
+        halves = [x["ci95"] for x in scores]
+        style = ":" if "scaled" in row["run"] else "-"
+        axis.errorbar(levels, means, halves, capsize=2, linewidth=1.4, label=label(row), linestyle=style)
+    axis.set_xscale("symlog", linthresh=min(s for s in levels if s))
+    axis.set_xticks(levels, [f"{s:g}" for s in levels])
+    axis.minorticks_off()
+    axis.set(
+        xlabel="standard deviation of the noise on each entry of the inner gradient",
+        ylabel="accuracy in %, paper protocol",
+    )
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="x-small", ncols=2)
+    figure.suptitle(textwrap.fill(about, 90), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def spectra_figure(rows, about, file):
+    """Singular values of each adapted kernel's gradient, raw (dotted) and modulated; a panel per kernel, a colour per run."""
+    from matplotlib import pyplot as plt
+
+    kernels = sorted({kernel for row in rows for kernel in row["spectrum"]})
+    size = (4.5 * len(kernels), 4)
+    figure, axes = plt.subplots(
+        1, len(kernels), figsize=size, squeeze=False, layout="constrained", sharey=True
+    )
+    for kernel, axis in zip(kernels, axes[0]):
+        for i, row in enumerate(rows):
+            for name, style in (("raw", ":"), ("modulated", "-")) if kernel in row["spectrum"] else ():
+                values = row["spectrum"][kernel][name]
+                places = range(1, len(values) + 1)
+                what = f"{label(row)}, {name}"
+                axis.plot(places, values, style, color=f"C{i}", label=what, linewidth=1.4)
+        axis.set(
+            yscale="log",
+            ylim=(1e-4, 1.2),
+            title=kernel,
+            xlabel="singular value",
+            ylabel="relative to the largest",
         )
-        for k, axis in zip(kernels, axes[0]):
-            for i, row in (
-                (i, row) for i, row in enumerate(rows) if k in row["spectrum"]
-            ):  # a run has one colour in all panels
-                for name, style in (("raw", ":"), ("modulated", "-")):
-                    values = row["spectrum"][k][name]
-                    axis.plot(
-                        range(1, len(values) + 1),
-                        values,
-                        style,
-                        color=f"C{i}",
-                        label=f"{label(row)}, {name}",
-                        linewidth=1.4,
-                    )
-            axis.set(
-                yscale="log",
-                ylim=(1e-4, 1.2),
-                title=k,
-                xlabel="singular value",
-                ylabel="relative to the largest",
-            )
-            axis.grid(alpha=0.3)
-        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-        figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
-        figure.suptitle(
-            textwrap.fill(f"{about}, mean of {args.step_tasks} test tasks", 60 * len(kernels)),
-            fontsize="medium",
-        )
-        figure.savefig(out / "gradient-spectrum.png", dpi=110)
-        plt.close(figure)
+        axis.grid(alpha=0.3)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
+    figure.suptitle(textwrap.fill(about, 60 * len(kernels)), fontsize="medium")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def get_args(argv=None):
