@@ -40,34 +40,33 @@ def scene_class(name):
     def one(low, high):
         return c(low, high).item()
 
-    room = np.array([one(2.4, 6), one(2.4, 3.8), one(4.5, 8)])
-    boxes = np.array(
-        [
-            [
-                one(0, 1) < 0.8,
-                one(-1, 1),
-                one(0.35, 0.95),
-                one(0.4, 1.5),
-                one(0.3, 2.0),
-                one(0.4, 1.0),
-                one(0, 1) < 0.2,
-            ]
-            for _ in range(BOXES)
-        ]
-    )  # there at all, x, z, width, height, depth, hangs from the ceiling
-    balls = np.array(
-        [
-            [one(0, 1) < 0.6, one(-1, 1), one(0.35, 0.8), one(0.2, 0.5), one(0, 1.2) * (one(0, 1) < 0.4)]
-            for _ in range(BALLS)
-        ]
-    )  # there at all, x, z, radius, height above the floor
-    windows = np.array(
-        [int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7), int(one(0, 4)) * (one(0, 1) < 0.7), one(0.3, 0.7)]
-    )
-    door = np.array(
-        [one(0, 1) < 0.7, one(-0.7, 0.7), one(0.4, 0.9), one(1.2, 2.1)]
-    )  # there, x, width, height
-    return {"room": room, "boxes": boxes, "balls": balls, "windows": windows, "door": door}
+    def box():
+        there, x, z = one(0, 1) < 0.8, one(-1, 1), one(0.35, 0.95)
+        size = one(0.4, 1.5), one(0.3, 2.0), one(0.4, 1.0)  # width, height, depth
+        hangs = one(0, 1) < 0.2  # from the ceiling
+        return there, x, z, *size, hangs
+
+    def ball():
+        there, x, z = one(0, 1) < 0.6, one(-1, 1), one(0.35, 0.8)
+        radius = one(0.2, 0.5)
+        height = one(0, 1.2) * (one(0, 1) < 0.4)  # above the floor
+        return there, x, z, radius, height
+
+    def windows():
+        number = int(one(0, 4)) * (one(0, 1) < 0.7)
+        return number, one(0.3, 0.7)  # width, as a share of the distance between two of them
+
+    def door():
+        there = one(0, 1) < 0.7
+        return there, one(-0.7, 0.7), one(0.4, 0.9), one(1.2, 2.1)  # x, width, height
+
+    return {
+        "room": np.array([one(2.4, 6), one(2.4, 3.8), one(4.5, 8)]),
+        "boxes": np.array([box() for _ in range(BOXES)]),
+        "balls": np.array([ball() for _ in range(BALLS)]),
+        "windows": np.array([*windows(), *windows()]),  # of the left wall, of the right one
+        "door": np.array(door()),
+    }
 
 
 def scene_domain(name):
@@ -80,12 +79,10 @@ def scene_domain(name):
     def colour(saturation, value):
         return g.colour(saturation, value)[:, 0, 0, 0]
 
-    colours = [
-        colour((0.1, 0.7), (0.25, 0.8)),
-        colour((0, 0.3), (0.6, 1)),
-        *(colour((0, 0.6), (0.4, 1)) for _ in range(2)),
-    ]
-    colours += [colour((0.3, 1), (0.2, 1)) for _ in range(BOXES + BALLS)] + [colour((0, 0.8), (0.1, 1))]
+    colours = [colour((0.1, 0.7), (0.25, 0.8)), colour((0, 0.3), (0.6, 1))]  # floor, ceiling
+    colours += [colour((0, 0.6), (0.4, 1)) for _ in range(2)]  # walls
+    colours += [colour((0.3, 1), (0.2, 1)) for _ in range(BOXES + BALLS)]
+    colours += [colour((0, 0.8), (0.1, 1))]  # windows and doors
     textures = ["plain", "stripes", "checks", "tiles", "clouds"]
     return {
         "colours": np.array(colours),
@@ -178,103 +175,131 @@ def camera_rays(focal, size):
     return np.concatenate([flat, np.ones_like(flat[..., :1])], -1)
 
 
+def furnish(kind, each):
+    """Kinds of rooms, {name: array over images}, varied from image to image -> what `cast` meets, and the rooms' sizes.
+
+    Returns (room (n, 2, 3), boxes (n, BOXES, 2, 3), balls (n, BALLS, 4)) and (width, height, length), each (n,).
+    """
+    width, height, length = (kind["room"] * each(0.93, 1.07, 3)).T
+    lowest = np.stack([-width / 2, -height, 0 * length], -1)
+    highest = np.stack([width / 2, 0 * height, length], -1)
+    room = np.stack([lowest, highest], 1)
+    W, H, L = width[:, None], height[:, None], length[:, None]
+
+    there, x, z, w, h, d, hangs = np.moveaxis(kind["boxes"], -1, 0)
+    w, h, d = np.stack([w, h, d]) * np.moveaxis(each(0.85, 1.15, BOXES, 3), -1, 0)
+    h = np.minimum(h, 0.9 * H)
+    x = np.clip(x + each(-0.12, 0.12, BOXES), -1, 1) * (W - w) / 2
+    z = np.clip(z + each(-0.05, 0.05, BOXES), 0.35, 1) * L
+    top = np.where(hangs > 0, -H, -h)
+    bottom = np.where(hangs > 0, 0.4 * h - H, 0)
+    low = np.stack([x - w / 2, top, z - d / 2], -1)
+    high = np.stack([x + w / 2, bottom, z + d / 2], -1)
+    boxes = np.stack([low, np.where(there[..., None] > 0, high, low)], 2)
+
+    there, x, z, radius, lift = np.moveaxis(kind["balls"], -1, 0)
+    radius = there * radius * each(0.85, 1.15, BALLS)
+    x = np.clip(x + each(-0.12, 0.12, BALLS), -1, 1) * (W / 2 - radius)
+    z = np.clip(z + each(-0.05, 0.05, BALLS), 0.35, 1) * L
+    balls = np.stack([x, -radius - lift, z, radius], -1)
+    return (room, boxes, balls), (width, height, length)
+
+
+def place_camera(g, each, width):
+    """A camera of the place g -> focal length (n,), rotation (n, 3, 3) from the camera's axes to the room's, origin (n, 3)."""
+    focal = g["focal"] * each(0.97, 1.03)
+    sideways = turn(each(-0.26, 0.26), 2, 0)
+    downwards = turn(-g["pitch"] + each(-0.06, 0.06), 1, 2)
+    rolled = turn(each(-0.05, 0.05), 0, 1)
+    x = each(-0.2, 0.2) * width
+    y = -(g["height"] + each(-0.1, 0.1))
+    return focal, sideways @ downwards @ rolled, np.stack([x, y, each(0.25, 0.7)], -1)
+
+
+def panels(kind, p, surface, sizes):
+    """Where windows and doors are, at points p (n, P, 3) of the surfaces (n, P) -> bool (n, P)."""
+    width, height, length = (size[:, None] for size in sizes)
+    x, y, z = np.moveaxis(p, -1, 0)
+    left = x < 0
+    number, pane = (
+        np.where(left, kind["windows"][:, None, i], kind["windows"][:, None, i + 2]) for i in (0, 1)
+    )
+    across = np.abs((z / length * number) % 1 - 0.5) < pane / 2
+    window = (surface == SIDE) & across & (np.abs(y / height + 0.55) < 0.2)
+    exists, at, broad, tall = (kind["door"][:, None, i] for i in range(4))
+    across = np.abs(x - at * (width / 2 - broad / 2)) < broad / 2
+    door = (surface == BACK) & (exists > 0) & across & (y > -tall)
+    return window | door
+
+
+def surface_colours(g, p, normal, surface, panel):
+    """Colours of points p (n, P, 3) before light falls on them -> (n, P, 3)."""
+    facing = np.abs(normal).argmax(-1)
+    v = np.where(facing == 1, p[..., 2], p[..., 1])
+    h = np.where(facing == 0, p[..., 2], p[..., 0])
+    shade = np.zeros_like(h)
+    for i, (kind, frequency, strength) in enumerate(zip(g["patterns"], g["frequency"], g["strength"])):
+        mine = np.minimum(surface, THINGS) == i
+        shade = np.where(mine, strength * pattern(kind, frequency * h, frequency * v), shade)
+    painted = g["colours"][np.where(panel, len(g["colours"]) - 1, surface)]
+    return painted * (1 - np.where(panel, 0, shade))[..., None]
+
+
+def lit(g, each, colour, p, normal, sizes):
+    """Colours (n, P, 3) of points p under the place's lamp."""
+    width, height, length = sizes
+    moved = np.stack([each(-0.1, 0.1), 0 * width, each(-0.1, 0.1)], -1)
+    lamp = (g["lamp"] + moved) * np.stack([width, -height, length], -1)
+    towards = lamp[:, None] - p
+    distance = np.sqrt((towards * towards).sum(-1))
+    lambert = np.maximum((towards * normal).sum(-1) / distance, 0) / (1 + (distance / g["reach"]) ** 2)
+    return colour * (g["ambient"] + (1 - g["ambient"]) * lambert)[..., None] * g["tint"]
+
+
+def photograph(g, each, colour, t, size):
+    """What the camera makes of four rays per pixel: haze over the depth t (n, 4 S S), exposure, dark corners -> (n, S, S, 3)."""
+    clear = np.exp(-g["haze"] * t)[..., None]
+    colour = colour * clear + g["grey"] * (1 - clear)
+    centre = camera_rays(np.ones(1), 2 * size)[0, :, :2]
+    corners = 1 - g["dark_corners"] * (centre * centre).sum(-1)
+    colour *= (g["exposure"] * each(0.85, 1.15)[:, None] * corners)[..., None]
+    return colour.reshape(len(colour), size, 2, size, 2, 3).mean((2, 4))
+
+
 def draw_scenes(split, domain, first, count, size):
     """Images number first .. first + count - 1 of a domain, a pure function of the arguments; the classes take turns.
 
     Returns images (n, S, S, 3) uint8, depth (n, S, S) in metres, normals (n, S, S, 3), vanishing points (n, 2) as shares of the
     image's width and height, and classes (n,). Colours are averages of four rays, depth and normals of the pixels' centres.
     """
-    name, rows = f"scenes-{split}-domain-{domain:02d}", slice(first, first + count)
-    g, u = scene_domain(name), Draws(f"{name}-images", first + count)
+    name = f"scenes-{split}-domain-{domain:02d}"
+    rows = slice(first, first + count)
+    g = scene_domain(name)
+    u = Draws(f"{name}-images", first + count)
     classes = np.arange(first, first + count) % SCENE_CLASSES[split]
     kinds = [scene_class(f"scenes-{split}-class-{c:02d}") for c in range(SCENE_CLASSES[split])]
-    of = {key: np.array([kinds[c][key] for c in classes]) for key in kinds[0]}
+    kind = {key: np.array([kinds[c][key] for c in classes]) for key in kinds[0]}
 
     def each(low, high, *shape):
+        """A number, or an array of them, for each image -> (n, *shape)."""
         made = np.stack([u(low, high)[rows, 0, 0] for _ in range(int(np.prod(shape)))], -1)
         return made.reshape(count, *shape) if shape else made[:, 0]
 
-    # the room with its furniture
-    width, height, length = (of["room"] * each(0.93, 1.07, 3)).T
-    room = np.stack(
-        [np.stack([-width / 2, -height, 0 * length], -1), np.stack([width / 2, 0 * height, length], -1)], 1
-    )
-    there, x, z, w, h, d, hangs = np.moveaxis(of["boxes"], -1, 0)
-    w, h, d = np.stack([w, h, d]) * np.moveaxis(each(0.85, 1.15, BOXES, 3), -1, 0)
-    h = np.minimum(h, 0.9 * height[:, None])
-    x = np.clip(x + each(-0.12, 0.12, BOXES), -1, 1) * (width[:, None] - w) / 2
-    z = np.clip(z + each(-0.05, 0.05, BOXES), 0.35, 1) * length[:, None]
-    top, bottom = np.where(hangs > 0, -height[:, None], -h), np.where(hangs > 0, 0.4 * h - height[:, None], 0)
-    low, high = np.stack([x - w / 2, top, z - d / 2], -1), np.stack([x + w / 2, bottom, z + d / 2], -1)
-    boxes = np.stack([low, np.where(there[..., None] > 0, high, low)], 2)
-    there, x, z, radius, lift = np.moveaxis(of["balls"], -1, 0)
-    radius = there * radius * each(0.85, 1.15, BALLS)
-    x = np.clip(x + each(-0.12, 0.12, BALLS), -1, 1) * (width[:, None] / 2 - radius)
-    balls = np.stack(
-        [x, -radius - lift, np.clip(z + each(-0.05, 0.05, BALLS), 0.35, 1) * length[:, None], radius], -1
-    )
-    # the camera
-    focal = g["focal"] * each(0.97, 1.03)
-    R = (
-        turn(each(-0.26, 0.26), 2, 0)
-        @ turn(-g["pitch"] + each(-0.06, 0.06), 1, 2)
-        @ turn(each(-0.05, 0.05), 0, 1)
-    )
-    origin = np.stack([each(-0.2, 0.2) * width, -(g["height"] + each(-0.1, 0.1)), each(0.25, 0.7)], -1)
+    things, sizes = furnish(kind, each)
+    focal, R, origin = place_camera(g, each, sizes[0])
     forward = R[:, 2]  # the room's z axis, as the camera sees it
     vanishing = 0.5 + focal[:, None] * forward[:, :2] / forward[:, 2:]
     rays = camera_rays(focal, size) @ R.transpose(0, 2, 1)
-    depth, normal, _ = cast(origin, rays, room, boxes, balls)
-    normals = (normal @ R).reshape(
-        count, size, size, 3
-    )  # R's transpose turns the room's axes into the camera's
-    # what it looks like
+    depth, normal, _ = cast(origin, rays, *things)
+    normals = (normal @ R).reshape(count, size, size, 3)  # from the room's axes to the camera's
+
     rays = (camera_rays(focal, 2 * size) @ R.transpose(0, 2, 1)).astype(np.float32)
-    t, normal, surface = cast(
-        origin.astype(np.float32), rays, *(x.astype(np.float32) for x in (room, boxes, balls))
-    )
-    p = origin[:, None].astype(np.float32) + t[..., None] * rays
-    facing = np.abs(normal).argmax(-1)
-    v, h = np.where(facing == 1, p[..., 2], p[..., 1]), np.where(facing == 0, p[..., 2], p[..., 0])
-    L, H, half = (x[:, None] for x in (length, height, width / 2))
-    number, pane = (
-        np.where(p[..., 0] < 0, of["windows"][:, None, i], of["windows"][:, None, i + 2]) for i in (0, 1)
-    )
-    window = (
-        (surface == SIDE)
-        & (np.abs((p[..., 2] / L * number) % 1 - 0.5) < pane / 2)
-        & (np.abs(p[..., 1] / H + 0.55) < 0.2)
-    )
-    exists, at, broad, tall = (of["door"][:, None, i] for i in range(4))
-    door = (
-        (surface == BACK)
-        & (exists > 0)
-        & (np.abs(p[..., 0] - at * (half - broad / 2)) < broad / 2)
-        & (p[..., 1] > -tall)
-    )
-    shade = np.zeros_like(t)
-    for i, (kind, frequency, strength) in enumerate(zip(g["patterns"], g["frequency"], g["strength"])):
-        mine = np.minimum(surface, THINGS) == i
-        shade = np.where(mine, strength * pattern(kind, frequency * h, frequency * v), shade)
-    panel = window | door
-    colour = (
-        g["colours"][np.where(panel, len(g["colours"]) - 1, surface)]
-        * (1 - np.where(panel, 0, shade))[..., None]
-    )
-    lamp = (g["lamp"] + np.stack([each(-0.1, 0.1), 0 * width, each(-0.1, 0.1)], -1)) * np.stack(
-        [width, -height, length], -1
-    )
-    towards = lamp[:, None] - p
-    distance = np.sqrt((towards * towards).sum(-1))
-    lambert = np.maximum((towards * normal).sum(-1) / distance, 0) / (1 + (distance / g["reach"]) ** 2)
-    colour = colour * (g["ambient"] + (1 - g["ambient"]) * lambert)[..., None] * g["tint"]
-    clear = np.exp(-g["haze"] * t)[..., None]
-    colour = colour * clear + g["grey"] * (1 - clear)
-    centre = camera_rays(np.ones(1), 2 * size)[0, :, :2]
-    colour *= (
-        g["exposure"] * each(0.85, 1.15)[:, None] * (1 - g["dark_corners"] * (centre * centre).sum(-1))
-    )[..., None]
-    colour = colour.reshape(count, size, 2, size, 2, 3).mean((2, 4))
+    origin = origin.astype(np.float32)
+    t, normal, surface = cast(origin, rays, *(x.astype(np.float32) for x in things))
+    p = origin[:, None] + t[..., None] * rays
+    colour = surface_colours(g, p, normal, surface, panels(kind, p, surface, sizes))
+    colour = lit(g, each, colour, p, normal, sizes)
+    colour = photograph(g, each, colour, t, size)
     noise = np.stack([uniform(f"{name}-noise-{size}", first + i, size * size * 3) for i in range(count)])
     colour += g["noise"] * 3**0.5 * (2 * noise - 1).reshape(colour.shape)
     images = np.rint(255 * np.clip(colour, 0, 1)).astype(np.uint8)
