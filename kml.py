@@ -9,9 +9,10 @@ initialisation has to serve every task, which is hard when tasks come from unlik
 characters, birds, photographs). So a second, small network looks at the support images, describes the task by
 128 numbers v, and changes theta accordingly: *each entry* of each kernel gets a factor of its own,
     W-hat = W * (1 + M(v))      b-hat = b + db(v)       M(v) = outer(g1(v), g2(v)), reshaped like W
-The 1 makes M a residual: W holds what all modes share, M says how this task departs from it. FiLM, in
-mmaml.py, has one factor per output channel, so it can only turn a filter up or down; KML can turn it into
-another filter.
+The 1 makes M a residual: W holds what all modes share, M says how this task departs from it, and where M is
+0, W is used as it is. FiLM, in mmaml.py, has one factor per output channel, so it can only turn a filter up or
+down; KML can turn it into another filter. (One factor for all entries of a filter would be lost here: the
+BatchNorm behind the convolution divides it out again. FiLM stands after BatchNorm for this reason.)
 The outer product needs 329,595 generator parameters, where a linear layer per kernel entry needs 50.1 million.
 It limits M: seen as a C_out x 9 C_in matrix, M has rank 1 in layer 1 (all filters get the same pattern of 27
 entries, scaled by a factor per filter) and rank 3 in layers 2 to 4.
@@ -20,6 +21,9 @@ The inner loop adapts theta *under* a fixed M: the network of each step is modul
 shows no inner loop; both released codes modulate in the forward pass, and put together they adapt theta in
 this way. A step of theta then moves an entry of W-hat by (1 + M)^2 times its own gradient. --adapt modulated
 is the other reading of lines 7 and 8: there W-hat itself is what steps.
+
+A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
+again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts

@@ -16,6 +16,9 @@ The inner loop adapts theta *under* a fixed scale and shift. (With --adapt modul
 FiLM has to come *after* BatchNorm. On the output of the convolution BatchNorm would undo it at once: it
 subtracts the shift with the channel's mean, and divides the scale out with the channel's deviation.
 
+A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
+again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
+
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
