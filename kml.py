@@ -25,6 +25,10 @@ is the other reading of lines 7 and 8: there W-hat itself is what steps.
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
 again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
+Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
+none. And the tasks of an iteration are all different, where both codes draw them with replacement, so that only
+about 8 of 10 differ. --no-norm-affine and --repeat-tasks do as those codes do.
+
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
@@ -60,7 +64,8 @@ from data import (
     recorded,
 )
 
-METHODS = {"none": "MAML", "kml": "MMAML+KML"}  # --modulation: the method's name in the paper's tables
+# --modulation: the method's name in the paper's tables
+METHODS = {"none": "MAML", "kml": "MMAML+KML"}
 MODULATION = "kml"  # the default
 LAYERS = (1, 2, 3, 4)
 EMBEDDING = 128  # length of the task embedding v
@@ -72,7 +77,7 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itself (C: theta)"
-REPEAT_HELP = "draw an iteration's tasks with replacement (C: yes, in testing too)"
+REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -219,8 +224,10 @@ def init_params(args):
 def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, adapt to the support set, evaluate on the query set.
 
-    Returns the query loss (), the only training signal of all parameters, encoder and generator included; the
-    query logits (N*Q, N); and, if `evaluate`, the inductive logits. Numbers are lines of KML's Algorithm 2.
+    Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
+    is the only training signal of all parameters. Its gradient reaches encoder and generator along two ways:
+    through the modulated network that sees the query images, and through the inner steps, which see the support
+    images. Numbers are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     omega = {}  # no modulation
@@ -436,7 +443,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: the released code's, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's released code, ours unless it says so.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -468,7 +475,9 @@ def add_algorithm_flags(p):
     p.add_argument("--queries", type=int, default=15, help="Q, query images per class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
     p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next layer (C: 32)")
-    p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: so)")
+    p.add_argument(
+        "--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (off; C: on)"
+    )
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")

@@ -55,11 +55,8 @@ from data import (
     uniform,
 )
 
-METHODS = {
-    "none": "ProtoNet",
-    "film": "MProtoNet",
-    "kml": "MProtoNet+KML",
-}  # --modulation: the method's name in the paper's tables
+# --modulation: the method's name in the paper's tables
+METHODS = {"none": "ProtoNet", "film": "MProtoNet", "kml": "MProtoNet+KML"}
 MODULATION = "kml"  # the default
 LAYERS = (1, 2, 3, 4)
 EMBEDDING = 128  # length of the task embedding v
@@ -79,7 +76,7 @@ GENERATOR_HELP = "kml's M: an outer product (P, C), or a linear layer for all of
 OFFICIAL_HELP = "as C: --no-residual --embed query --transductive; without modulation the last alone"
 INIT_SCALE_HELP = "of the initial base kernels (P, C: 1); 0.01 is the size of W * M's kernels"
 DISTANCE_SCALE_HELP = "logits are minus this times the squared distances (P, C: 1)"
-REPEAT_HELP = "draw an iteration's tasks with replacement (C: yes, in testing too)"
+REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -570,12 +567,12 @@ def add_algorithm_flags(p):
     p.add_argument("--queries", type=int, default=15, help="Q, query images per class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
     p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next layer (C: 32)")
-    p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: so)")
+    p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: off)")
     p.add_argument("--generator", default="outer", choices=("outer", "full"), help=GENERATOR_HELP)
-    p.add_argument("--no-residual", action="store_true", help="kml: W * M, not W * (1 + M) (P: no, C: yes)")
+    p.add_argument("--no-residual", action="store_true", help="kml: W * M, not W * (1 + M) (P: off; C: on)")
     p.add_argument("--embed", default="support", choices=EMBEDDINGS, help=EMBED_HELP)
     p.add_argument(
-        "--transductive", action="store_true", help="move prototypes by soft labels (P: no, C: yes)"
+        "--transductive", action="store_true", help="move prototypes by soft labels (P: off; C: on)"
     )
     p.add_argument("--official", action="store_true", help=OFFICIAL_HELP)
     p.add_argument("--init-scale", type=float, default=1.0, help=INIT_SCALE_HELP)
