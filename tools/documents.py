@@ -12,7 +12,7 @@ writes every table that stands between markers anew. A marker is an HTML comment
     <!-- end of table -->
 
     2 of       which of the tables that are made of the places named next: folders of result files, as for tables.py; or files
-               of other tools, bench-*.json or modulation.json; or a folder of trials, whose subfolders NAME-FLAGVALUE hold logs
+               of other tools, bench-*.json, modulation.json or gradients.json; or a folder of trials, whose subfolders NAME-FLAGVALUE hold logs
     columns    which columns, in this order, and after " = " what stands in their heads; all, if not given
     without    the columns that are left out
     rows       which rows, by their first cell, and after " = " what stands there; if not given, all but missing methods
@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 
 from data import atomic_write, fail, read_log, read_result
-from tools import bench, bench_gpu, reading, tables
+from tools import bench, bench_gpu, inspect_gradients, reading, tables
 
 DOCUMENTS = ("README.md", "RESULTS.md", "docs/speed.md")
 MARKED = re.compile(
@@ -75,6 +75,17 @@ def modulation_table(rows):
     return reading.table(rows, columns)
 
 
+def validations(file):
+    """A log -> {iteration: accuracy on validation tasks, in %, by the paper protocol}."""
+    found = {}
+    for entry in read_log(file):
+        if "validation" in entry:
+            measured = entry["validation"]
+            of = measured["paper"] if "paper" in measured else measured["accuracy"]  # as afr.py writes it
+            found[entry["iteration"]] = of["overall"]["mean"]
+    return found
+
+
 def trials_table(folder):
     """Logs of trials -> Markdown: a row per configuration, its accuracy on validation tasks at each value, the best in bold.
 
@@ -85,9 +96,9 @@ def trials_table(folder):
     for file in sorted(Path(folder).glob("*/log.jsonl")):
         name, kind, value = TRIAL.fullmatch(file.parent.name).groups()
         flag = FLAGS[kind]
-        measured = [entry["validation"] for entry in read_log(file) if "validation" in entry]
+        measured = validations(file)
         if measured:
-            found.setdefault(name, {})[float(value)] = measured[-1]["paper"]["overall"]["mean"]
+            found.setdefault(name, {})[float(value)] = measured[max(measured)]
     values = sorted({value for of in found.values() for value in of})
 
     def cell(value):
@@ -108,12 +119,11 @@ def validation_table(place):
     """Logs of the runs in a folder -> Markdown: accuracy in % on validation tasks (paper protocol) at each validation."""
     found = {}
     for file in sorted(place.glob("*/log.jsonl")):
-        measured = {e["iteration"]: e["validation"] for e in read_log(file) if "validation" in e}
-        found[file.parent.name] = {i: x["paper"]["overall"] for i, x in measured.items()}
+        found[file.parent.name] = validations(file)
     iterations = sorted({i for of in found.values() for i in of})
 
     def cell(iteration):
-        return lambda run: "{mean:.2f}".format(**found[run][iteration]) if iteration in found[run] else "-"
+        return lambda run: f"{found[run][iteration]:.2f}" if iteration in found[run] else "-"
 
     columns = {"iteration": lambda run: run} | {f"{i:,}": cell(i) for i in iterations}
     return reading.table(found, columns)
@@ -138,6 +148,10 @@ def source(places):
             )
     if all(path.name == "modulation.json" for path in paths):
         return modulation_table([row for path in paths for row in json.loads(path.read_text())])
+    if paths[0].name == "gradients.json":
+        found = json.loads(paths[0].read_text())["found"]
+        shown = [row for row in found if row.get("spectrum")]
+        return f"{inspect_gradients.noise_table(found)}\n\n{inspect_gradients.spectrum_table(shown)}\n"
     if paths[0].name.startswith("bench-"):
         return bench_tables(paths[0])
     if any(map(TRIAL.fullmatch, (child.name for child in paths[0].iterdir()))):

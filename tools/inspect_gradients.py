@@ -143,7 +143,7 @@ def inspect(runs, args):
         options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
         test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
         row = {
-            "run": options.method,
+            "run": options.method + (", started at one" if vars(options).get("start_at_one") else ""),
             "algorithm": options.algorithm,
             "modes": options.modes,
             "shots": options.shots,
