@@ -1,4 +1,4 @@
-"""The ModGrad cell on image completion: all of a face from a few of its pixels. And baselines: CAVIA, MAML, CNP.
+"""The ModGrad cell on image completion: a whole face from a few of its pixels. And baselines: CAVIA, MAML, CNP.
 
 Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learning, ECCV 2020, Section 5.2, Table 3,
 Figure 7. The protocol is that of CAVIA (Zintgraf et al., ICML 2019) and CNP (Garnelo et al., ICML 2018).
@@ -26,9 +26,10 @@ Read it beside modgrad.py: the same inner steps on another network and another l
 Run:  python modgrad_completion.py --synthetic --quick     a minute or two on two CPU cores, no download; prints errors
       python modgrad_completion.py --pixels 100 --algorithm cavia
       python -m tools.pictures completion faces.png RUN RUN ...         draws what finished runs make of test images
-What the paper does not give and is chosen here: the CNP's encoder has three layers, and its decoder is the same
-network as that of the others, trained by the same squared error (its paper predicts a variance, too); the sister
-networks of a cell are as in modgrad.py.
+
+The paper leaves three things open. Here the CNP's encoder has three layers; its decoder is the network of the others,
+trained by the same squared error (the CNP's own paper predicts a variance, too); and the sister networks of a cell are
+as in modgrad.py.
 """
 
 import hashlib

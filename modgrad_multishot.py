@@ -3,11 +3,11 @@
 Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learning, ECCV 2020, Section 5.1, Figure 5.
 The protocol is that of LEAP (Flennerhag et al., ICLR 2019) and, where it says nothing, of LEAP's released code.
 
-The idea. With hundreds of images a task can simply be trained for, batch after batch. The question is then how
-*fast* a start and a way to step let it learn. A task is an alphabet never seen before, with 20 of its characters as
-classes; it is trained for 100 steps of 20 images. Figure 5 shows its training loss against the step, and the accuracy
-on held-out drawings at the end. So long a training is expensive to differentiate through, and in this the algorithms
-differ:
+The idea. A task with hundreds of images can simply be trained on, batch after batch. The question is then how fast the
+network learns, from which start and with which steps. A task is an alphabet never seen before, with 20 of its characters
+as classes; the network is trained for 100 steps of 20 images. Figure 5 shows its training loss against the step, and the
+accuracy on held-out drawings at the end. To differentiate through such long training is expensive, and this is where the
+algorithms differ:
     modgrad    the gradient is modulated entry by entry (see modgrad.py); differentiated through the steps
     maml       plain steps; differentiated through
     fomaml     plain steps, whose gradients count as constants: the last point's gradient is handed to the start
@@ -26,15 +26,15 @@ What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20
 holds out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out (--shots 15
 15 is LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for
 validation (LEAP).
-What the paper does not give and is chosen here: ModGrad trains through --steps 5 (as LEAP's code does for its MAML),
-on the layers, step size and cells of its mini-ImageNet runs; MAML is not in its figure. Every algorithm is *tested*
-for 100 steps. With these cells M starts at 0.0001 in the mean, with half of its entries 0: until the generator has
+The paper does not say how ModGrad is trained here. Ours trains through --steps 5 (as LEAP's code does for its MAML), with
+the layers, step size and cells of its mini-ImageNet runs. (MAML is not in the figure.) Every algorithm is *tested* for
+100 steps. With these cells M starts at 0.0001 in the mean, with half of its entries 0: until the generator has
 learned, ModGrad's steps do nothing.
-Of LEAP's code this keeps the network, its initialisation, and the random turns of all images, held-out ones too. It
-departs from it in three things:
+This script keeps LEAP's network, its initialisation, and the random turns of all images, held-out ones too. It departs
+from LEAP's code in three things:
 - The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
   last training batch), and the accuracy is that on held-out drawings. (In the code `if self.train` asks whether a
-  method exists, which is always true: its test stays on the others, by running BatchNorm statistics.)
+  method exists, which is always true: its test is of the training drawings, by running BatchNorm statistics.)
 - Each visit to an alphabet draws anew its characters, their numbering, and what is held out (in the code: once per
   run), and draws a step's images with replacement (in the code: each image nearly as often).
 - Strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).

@@ -5,9 +5,8 @@ The protocol is that of MAML (Finn et al., ICML 2017) and CAVIA (Zintgraf et al.
 
 The idea. A *task* is a goal that the policy is not told: a place to go to, a direction or a speed to run in. The policy
 acts (R *rollouts*), sees its rewards, makes an inner step of policy gradient, and acts again. Meta-learning finds
-parameters from which that one step helps most. What is the support set in modgrad.py is here what the policy lived
-through before the step, and the query set what it lives through after it; because the second depends on the step, both
-are drawn anew all the time.
+parameters from which that one step helps most. The rollouts before the step are what the support set is in modgrad.py,
+and those after it are the query set. The second depend on the step, so all are drawn anew in every iteration.
 
 Inner step: policy gradient ("vanilla", REINFORCE), with generalised advantages over a linear baseline. Outer step: TRPO
 (Schulman et al., ICML 2015), the longest step along the natural gradient that changes the adapted policies by no more
@@ -28,13 +27,14 @@ Read it beside modgrad.py: the same inner steps, and TRPO where Adam was.
 Run:  python modgrad_rl.py --quick                           2D navigation, a minute or two on two CPU cores; prints returns
       python modgrad_rl.py --env cheetah-dir --algorithm maml            needs gymnasium[mujoco], see requirements-dev.txt
       python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
-The paper keeps its RL variant in a supplement that is not public. Chosen here: cells on both hidden layers; v of 128
-entries and u = 5 as in its regression; Eq. 9's loss after the trial step is taken on the same rollouts, corrected by the
-ratio of new to old probabilities (so ModGrad uses no more rollouts than the others); a step size of 30, with which the
-first steps are about as long as MAML's. For M is 0.0004 to 0.005 in kernels, where it is not 0, and 0.02 in biases to
-begin with, and with the 0.1 of the paper's other experiments the policy does not move. (ReLU is for kernels' M. On the M
-of biases, which is no product, it made line searches fail: before Eq. 9 all tasks have v = 0 and so share what ReLU cuts
-off, and an outer step that takes one such entry past zero lets v jump in most tasks.)
+
+The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
+entries and u = 5, as in the paper's regression; and for Eq. 9 the loss of the trial step on the same rollouts, corrected by
+the ratio of new to old probabilities, so that ModGrad uses no more rollouts than the others. The step size is 30, which makes
+the first steps about as long as MAML's. M starts at 0.0004 to 0.005 in kernels, where it is not 0, and at 0.02 in biases, so
+with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On the M of
+biases, which is no product, it made line searches fail: before Eq. 9 all tasks have v = 0 and so share what ReLU cuts off,
+and an outer step that takes one such entry past zero lets v jump in most tasks.
 """
 
 import argparse

@@ -16,19 +16,20 @@ opposite (negative). Many source tasks i give a histogram.
     Eq. 2        measure                     LR(i -> j) = loss of j after the step on i / loss of j before
     i = j        self-transference           what a step on the target itself would do: the most to hope for
 
-*Neutral* is what changes the target's accuracy by less than 0.05 points, says the paper; which loss change that is, it does
-not say. Here |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) on LR - 1, least squares over all
-pairs, each target about its own mean. Accuracy moves in steps of whole images, so s is uncertain, and with it what counts as
-neutral: intervals are from resampled sources and targets with s found anew each time. Where s is not certainly negative (a
-lower loss, a higher accuracy), there is no neutral zone to be had, and only the share with LR < 1 is given.
+The paper calls a transfer *neutral* if it changes the target's accuracy by less than 0.05 points. It does not say which
+change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) against
+LR - 1, fitted by least squares over all pairs, each target about its own mean. Accuracy moves in steps of whole images, so s
+is uncertain, and so is what counts as neutral. Intervals therefore come from resampled sources and targets, with s fitted
+anew each time. Where s is not certainly negative (a lower loss, a higher accuracy), there is no neutral zone, and only the
+share with LR < 1 is given.
 
-What compares two networks, and what does not. alpha is chosen for each state alike, so that a step on a target itself takes
-its loss to 0.95 in the median (on validation tasks; --self-transference, as not every network's loss can be taken there by
-one step); --sweep shows how the shares depend on it. The step that is made is a source's, though: alpha times *its* gradient,
-and that is short where a network fits its training tasks well, which looks like neutral transfer. So what the steps are is
-printed too: LR(i -> i) of the source tasks, and, free of any step size, the share of pairs whose gradients agree, to which LR
-< 1 comes down when alpha goes to 0. And intervals are over tasks, of one trained network each: they say nothing of other
-training runs of the same method, nor of alpha.
+What can be compared between two networks? alpha is chosen for each state in the same way: a step on a target itself takes its
+loss to 0.95 in the median, on validation tasks. (One step cannot take every network's loss there: see --self-transference.)
+--sweep shows how the shares depend on alpha. But the step that is made is a source's, alpha times *its* gradient, which is
+short where a network fits its training tasks well; then transfer looks neutral. So two more things are printed: LR(i -> i) of
+the source tasks; and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1
+becomes when alpha goes to 0. Intervals are over tasks, of one trained network each. They say nothing about other training runs
+of the same method, or about other alphas.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script, as no training script does.
 Run:  python mprotonet.py --synthetic --quick --modes miniimagenet fc100 --keep-every 110 --out runs/example

@@ -114,8 +114,8 @@ def block(modes, synthetic, shots, tasks, budget, runs):
     protocol = (budget["ways"], K) == (20, 100)
     known = modes == ("omniglot",) and not synthetic and protocol
     leap = (
-        f" LEAP, which is not here, has {MULTISHOT['LEAP']} in the paper. Its code, which the paper builds on, judges training "
-        "drawings, by running BatchNorm statistics (but for MAML)."
+        f" LEAP, which is not here, has {MULTISHOT['LEAP']} in the paper. Its code, which the paper builds on, evaluates training "
+        "drawings, with running BatchNorm statistics (but for MAML)."
     )
     text = (
         f"### Multi-shot, {' + '.join(modes)}, {of_shots(budget, shots)}\n\n"
