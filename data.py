@@ -9,8 +9,8 @@ are drawn from; multimodal meta-learning draws every task from one of several mo
 
     python data.py list | prepare MODE | verify | show MODE
 
-Task j of a mode is a pure function of its arguments, through a counter-based generator. So every method sees the same
-test tasks on every machine, and a continued run the tasks it would have seen. Images: fewshot/cache.py.
+A counter-based generator makes task j of a mode a pure function of j and the flags. So every method sees the same test
+tasks on every machine, and a continued run sees the tasks that it would have seen. Images: fewshot/cache.py.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Episodes:
         and tasks are assembled. root, cache_dir, synthetic, allow_shared: see fewshot.cache.prepare.
     """
 
-    BLOCK = 256  # tasks of one mode that are drawn together; part of what defines a task
+    BLOCK = 256  # tasks of one mode that are drawn together; changing it changes tasks
 
     def __init__(
         self, modes, split, ways, shots, queries, image_size, seed=None, device="cpu",
@@ -88,7 +88,7 @@ class Episodes:
         classes, pixels = open_split(folder, self.split)
         check_enough(f"{mode}/{self.split}", classes, self.ways, self.shots, self.queries)
         pixels = pixels.to(self.device)  # on the CPU they stay on disk, paged in as needed
-        if mode == "omniglot" and self.device.type != "cpu":  # room for the images turned in all four ways
+        if mode == "omniglot" and self.device.type != "cpu":  # keep all four turns
             pixels = torch.cat([torch.rot90(pixels, quarter, (1, 2)) for quarter in range(4)])
         counts = np.array([count for _, count in classes])
         self.images.append(pixels)
@@ -99,7 +99,7 @@ class Episodes:
         self.offsets.append(np.cumsum(counts) - counts)
 
     def draw(self, m, block):
-        """Draw tasks block * 256 .. + 255 of mode m -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
+        """Draw the 256 tasks of a block of mode m -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
         name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
         T, N = self.BLOCK, self.ways
         k = self.shots + self.queries
@@ -126,7 +126,7 @@ class Episodes:
                 rows = torch.from_numpy(self.offsets[m][classes][..., None] + images)
                 if self.modes[m] == "omniglot":
                     rows += torch.from_numpy(turns)[..., None] * self.counts[m].sum()
-                rows = rows.to(self.device)  # the host waits for the device: so once per block, not per batch
+                rows = rows.to(self.device)  # makes the host wait: so once per block, not per batch
                 self.drawn[m, block] = classes, images, turns, rows
         start = first - blocks[0] * self.BLOCK
         places = slice(start, start + count)
@@ -162,14 +162,14 @@ class Episodes:
         """Images (len(rows), S, S, C) of rows of mode m."""
         n = len(self.images[m])
         pixels = self.images[m][rows % n]
-        if self.modes[m] == "omniglot" and self.device.type == "cpu":  # a quarter of the memory, and slower
+        if self.modes[m] == "omniglot" and self.device.type == "cpu":  # turn now: less memory, but slower
             for quarter in (1, 2, 3):
                 turned = (rows // n == quarter).nonzero().squeeze(1)
                 pixels[turned] = torch.rot90(pixels[turned], quarter, (1, 2))
         return pixels
 
     def repeated(self, iteration, count):
-        """Draw the tasks of a training iteration as the released codes of MMAML and KML do -> like `tasks`.
+        """Draw the tasks of a training iteration as MMAML's and KML's released code does -> as `tasks`.
 
         There, each of the M modes loads T = `count` tasks, of which T / M are drawn *with replacement*.
         """

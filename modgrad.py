@@ -365,7 +365,7 @@ def init_cell(params, args, default, name, n):
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient (and adds noise to it,
-# where task_loss is given noise). Each returns what is adapted then.
+# where task_loss is given noise). Each returns the new `adapted`.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -451,7 +451,7 @@ def modulation(params, v, like):
 
 
 def task_loss(params, task, args, evaluate=False, noise=None):
-    """ONE task: adapt what --adapt names to the support set by --steps inner steps, evaluate on the query set.
+    """ONE task: adapt the layers in --adapt to the support set by --steps inner steps, evaluate on the query set.
 
     Returns the query loss (), the only training signal of all parameters; the query logits (N*Q, N); and, if
     `evaluate`, the inductive logits. noise: dict like what is adapted, added to every inner gradient. Numbers are

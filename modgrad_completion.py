@@ -98,7 +98,7 @@ class Completions:
     that mixes its classes.
     """
 
-    BLOCK = 256  # tasks that are drawn together; part of what defines a task
+    BLOCK = 256  # tasks that are drawn together; changing it changes tasks
 
     def __init__(
         self,
@@ -245,9 +245,9 @@ def adapted_keys(args, params):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict.
 
-    Layers start as PyTorch's own: uniform within 1 / root of the number of inputs. (CAVIA's code has a MAML of its own
-    there, whose base is uniform within 1 / root of the number of *outputs*: its first layer has an eighth of the size
-    of ours, its last is 6.5 times as large. Ours starts like the others, so the algorithms differ in nothing else.)
+    Layers start as PyTorch's own: uniform within 1 / root of the number of inputs. (The MAML in CAVIA's code
+    draws its base within 1 / root of the number of *outputs*: weights of its first layer are an eighth of ours, of its
+    last 6.5 times ours. Here MAML starts like the others, so that only the algorithms differ.)
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}
@@ -546,7 +546,7 @@ def get_args(argv=None):
 
 
 def presets(typed):
-    """The synthetic faces are 800 test images."""
+    """There are only 800 synthetic test faces."""
     return {"test_tasks": 800} if typed.synthetic and not typed.quick else {}
 
 

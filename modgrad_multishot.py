@@ -130,11 +130,11 @@ class Alphabets:
         mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
             than N characters are left out; the others, sorted and shuffled with a fixed seed, are 25 for training, then 10 for
             testing, and those left for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split into characters that
-            `Episodes` uses does not matter here. synthetic: alphabets are invented, N characters in a row of those drawn,
-            from every second one on: of the first 52 for training, of 24 others each for validation and testing.
+            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters,
+            starting at every second one; the first 52 are for training, 24 others each for validation and testing.
         shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
 
-    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer steps are a prefix of more.
+    Alphabets take turns: in training in a new random order each time, else in a fixed one. With fewer steps a task is cut short.
     """
 
     def __init__(
@@ -481,9 +481,9 @@ def modgrad_step(params, adapted, loss, args, clip):
 
 
 def fomaml_step(params, adapted, loss, args, clip):
-    """theta <- theta - alpha * g, where g is the gradient as a number, not as a function of theta.
+    """theta <- theta - alpha * g, where g is the gradient as a constant, not as a function of theta.
 
-    So d theta_K / d theta_0 = 1, and nothing of the step has to be kept        (Finn et al., ICML 2017, Section 5.2)
+    So d theta_K / d theta_0 = 1, and no step's graph has to be kept            (Finn et al., ICML 2017, Section 5.2)
     """
     with torch.no_grad():
         gradient = clip(torch.func.grad(loss)(adapted))
@@ -568,7 +568,7 @@ def marks(steps):
 
 
 def task_loss(params, task, args, evaluate=False):
-    """ONE task: adapt what --adapt names by a step on each of the task's batches, evaluate on held-out drawings.
+    """ONE task: take one step per batch on the layers in --adapt, then evaluate on held-out drawings.
 
     Returns the outer loss (), the only training signal of all parameters, and the logits (N*Q, N) of the held-out
     drawings. If `evaluate`: the losses (K,) of the batches, each before its step; logits (marks, N*Q, N) after several

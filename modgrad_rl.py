@@ -72,7 +72,7 @@ QUICK = {"iterations": 25, "meta_batch": 10, "test_tasks": 40}
 # (size of the inner step, adapted layers). CAVIA's are those of its code, MAML's size that of its paper; ModGrad's: see
 # above.
 DEFAULTS = {"modgrad": (30.0, ["fc1", "fc2"]), "maml": (0.1, ["all"]), "cavia": (1.0, [])}
-CHEETAH_ALPHA = {"cavia": 10.0}  # where the half-cheetah's step size is another: ours
+CHEETAH_ALPHA = {"cavia": 10.0}  # the half-cheetah's step sizes that differ: our choice
 LEAST = {
     "fisher_fraction": 1e-6,
     **dict.fromkeys(("rollouts", "horizon", "updates", "test_updates", "cg_steps"), 1),
@@ -241,7 +241,7 @@ def init_cell(params, args, default, name, n):
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the loss on the rollouts so far as a function of it, and `clip` holds a gradient constant if
-# wanted. Each returns what is adapted then. The text is that of modgrad.py.
+# wanted. Each returns the new `adapted`. The text is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -359,7 +359,7 @@ def adapted_policy(params, lived, args):
 
 
 def discounted_sum(values, factor):
-    """values (T, R, H) -> at each step, the sum of those from it on, each later one times `factor` once more."""
+    """values (T, R, H) -> at each step h, the sum over k >= 0 of factor^k * values[..., h + k]."""
     total = torch.zeros_like(values[..., 0])
     sums = torch.zeros_like(values)
     for h in reversed(range(values.shape[-1])):

@@ -178,7 +178,7 @@ def choose_alpha(state, batch, update, level):
     """The smallest step size at which the median self-transference of the batch is `level`, to 5 %.
 
     Larger steps overshoot: the loss of a target falls and rises again. So the search goes upwards in powers of two, from
-    an eighth of where a loss that fell in a straight line would be there, and is then made finer twice.
+    an eighth of the step at which a loss that fell in a straight line would reach the level; then it is refined twice.
     """
     first = straight_step(state, batch, update, level)
     if not 0 < first < math.inf:
@@ -199,8 +199,8 @@ def choose_alpha(state, batch, update, level):
     best = smallest(small) or smallest(large)
     if best is None:
         least = medians[min(medians, key=medians.get)]
-        best_step = f"the best step takes a target's own loss to {least:.4f}, none to {level}"
-        remedy = f"give --self-transference, as {(1 + least) / 2:.2f}, for all states alike"
+        best_step = f"the lowest median self-transference is {least:.4f}, not {level}"
+        remedy = f"give --self-transference {(1 + least) / 2:.2f}, say, for all states"
         fail(f"{state.name}: {best_step}: {remedy}")
     for k in (4, 16):
         finer = [best * 2 ** (-i / k) for i in (3, 2, 1, 0)]
@@ -209,7 +209,7 @@ def choose_alpha(state, batch, update, level):
 
 
 def straight_step(state, batch, update, level):
-    """The step size at which a loss that fell in a straight line would be at `level` times itself, in the median."""
+    """Median over tasks of the step size at which a loss that fell in a straight line would reach `level` times itself."""
 
     def one(task):
         gradients = gradient(state.params, task, state.options, update)
@@ -499,7 +499,7 @@ def line_of(*cells):
 
 
 def shares_row(row):
-    """Of the table of a state's shares, as `main` makes `row` -> a line of Markdown."""
+    """A state's `row`, as `main` makes it -> its line in the table of shares, Markdown."""
     numbers = [cell(row["all"][name]) for name in SHARES]
     numbers += [cell(row["all"]["mean"], 4), f"{row['all']['median'][0]:.4f}"]
     return line_of(row["state"], f"{row['alpha']:.3g}", *numbers, f"{row['self']['median']:.4f}")
@@ -763,7 +763,7 @@ CHECKPOINT_HELP = "folders of mprotonet.py runs, or files that --export wrote; s
 UPDATE_HELP = "what the step changes: all meta-parameters, or the base network alone"
 LEVEL_HELP = "with --alpha auto: the median LR(j -> j) of validation targets"
 SWEEP_HELP = f"the shares at {', '.join(map(str, SWEEP))} times alpha too"
-ALONG_HELP = "also chosen source tasks along all kept states of training (Fig. 2)"
+ALONG_HELP = "also LR of source tasks at every kept state of training (Fig. 2)"
 SEED_HELP = "of the source tasks: not a run's, whose tasks it has trained on"
 OUT_HELP = "folder of transference.json and the figures"
 EXPORT_HELP = "only write the states there, in half precision, each as one file"

@@ -29,7 +29,7 @@ def test_transference_of_no_step_is_one_and_leaves_the_parameters_alone():
     before = {k: w.clone() for k, w in state.params.items()}
     ratios, gains = transference.measure(state, make_task(tasks=3), make_task(seed=1, tasks=2), 0.0, "all")
     assert ratios.shape == gains.shape == (3, 2)
-    assert (ratios == 1).all()
+    assert np.allclose(ratios, 1, rtol=1e-12, atol=0)  # rounding differs with the number of threads
     assert (gains == 0).all()
     transference.measure(state, make_task(tasks=3), make_task(seed=1, tasks=2), 0.1, "all")
     assert all(torch.equal(w, before[k]) for k, w in state.params.items())
