@@ -78,7 +78,7 @@ LABEL_FILTERS = 4  # of the CNN that makes a vector of a label image
 
 
 class MetaTasks:
-    """Subtasks of several high-level tasks, which take turns: task number g is of the (g mod J)th one, its number g // J.
+    """Subtasks of J high-level tasks, which take turns: task g is subtask g // J of high-level task g mod J.
 
     Args: args, the flags, among them tasks, J of KINDS; split. `domains`: {kind: number of domains that take turns}.
     """
@@ -99,7 +99,7 @@ class MetaTasks:
         self.folders = list(dict.fromkeys(folders))
 
     def tasks(self, first, count):
-        """Tasks number first .. first + count - 1, both multiples of J -> a Task of count / J subtasks per high-level task."""
+        """Tasks first to first + count - 1 -> a batch (a Task) for each high-level task; both numbers are multiples of J."""
         J = len(self.of)
         return [sampler.tasks(first // J, count // J) for sampler in self.of]
 
@@ -118,7 +118,7 @@ class MetaTasks:
 class Norm:
     """BatchNorm for one forward pass, by name: with the statistics of the batch x itself, which `used` keeps, or with `stats`.
 
-    Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets second derivatives wrong.
+    Scale and shift come after torch.native_batch_norm: inside it, torch 2.13's vmap gets second derivatives wrong.
     """
 
     def __init__(self, stats=None):
@@ -152,12 +152,12 @@ def linear(params, name, x):
 def embed(params, x, norm, w=None):
     """f_Phi(I, 1 - w): images (n, 3, S, S), w (B, C) or None for 0 -> activations of the last block (n, C, S/16, S/16).
 
-    What is weighed is the input of the next block's convolution. BatchNorm behind that cancels a factor that is the same
-    for all maps of a block (but the last): it is the maps' weights relative to each other that count.
+    The weights scale the input of the next block's convolution. BatchNorm, which follows it, cancels a factor that all
+    maps of a block have in common, so only the weights' ratios count. (No block follows the last one.)
     """
     for l in (1, 2, 3, 4):
         x = norm(params, f"norm{l}", conv(params, f"conv{l}", x))
-        x = F.relu(F.max_pool2d(x, 2))  # as after ReLU, on a quarter of the numbers
+        x = F.relu(F.max_pool2d(x, 2))  # pooled first, so that ReLU sees a quarter of the numbers
         if w is not None:
             x = x * (1 - w[l - 1])[:, None, None]
     return x
@@ -169,8 +169,8 @@ def predict(params, kind, x, args):
         return linear(params, f"head.{kind}", x.flatten(1))
     for i, halvings in enumerate((3, 2, 1, 0), 1):  # back up the sizes that the backbone went down
         W, b = params[f"head.{kind}.up{i}.weight"], params[f"head.{kind}.up{i}.bias"]
-        odd = (args.image_size >> halvings) - 2 * x.shape[-1]
-        x = F.conv_transpose2d(x, W, b, 2, output_padding=odd).to(W.dtype)
+        odd = (args.image_size >> halvings) - 2 * x.shape[-1]  # 1 if pooling dropped a row, else 0
+        x = F.conv_transpose2d(x, W, b, stride=2, output_padding=odd).to(W.dtype)
         x = conv(params, f"head.{kind}.conv{i}", F.leaky_relu(x, 0.1))
         if halvings:
             x = F.leaky_relu(x, 0.1)
@@ -272,12 +272,12 @@ def init_params(args):
 
 
 def init_head(draw, kind, args):
-    """Add the head of a high-level task. Regressions begin in the middle of their labels' range: see loss weights above."""
+    """Add the head of a high-level task. Regressions start in the middle of their labels' range: see docs/protocol.md."""
     name = f"head.{kind}"
     if kind in DECODER:
         filters, channels = DECODER[kind]
         inputs = args.filters
-        for i in (1, 2, 3, 4):  # each output of a transposed convolution of stride 2 has one tap
+        for i in (1, 2, 3, 4):  # kernels 2x2, stride 2: an output pixel sees one input pixel
             draw.he(f"{name}.up{i}", inputs, filters, 2, 2, inputs=inputs, outputs=filters)
             draw.he(f"{name}.conv{i}", filters if i < 4 else channels, filters, 3, 3)
             inputs = filters
@@ -366,8 +366,8 @@ def moves(key, kind, deep):
 def task_loss(params, task, args, kind, epsilon=None):
     """ONE subtask of the high-level task `kind`, in training. epsilon (B, C): what P-AM draws from N(0, 1).
 
-    Returns the loss (), the only training signal of all parameters (of Phi and theta by the pass without w, of Psi by that
-    with w), and the query outputs. Subtasks that differ in domain alone have no inner loop here (Fig. 4b).
+    Returns the loss () and the query outputs. The loss is the only training signal: Phi and theta learn from the pass
+    without w, Psi from the pass with w. Subtasks that differ in domain alone have no inner loop here (Fig. 4b).
     """
 
     def inner(params, w=None):
@@ -382,16 +382,16 @@ def task_loss(params, task, args, kind, epsilon=None):
         return weight * loss, outputs
 
     kl = 0.0
-    psi = {k: w for k, w in params.items() if k.startswith("attention.")}
-    fixed = {k: w.detach() for k, w in params.items()} | psi
-    x = embed(fixed, task.support_x, Norm()) if x is None else x.detach()
+    psi = {k: value for k, value in params.items() if k.startswith("attention.")}
+    only_psi = {k: value.detach() for k, value in params.items()} | psi  # the rest is held constant
+    x = embed(only_psi, task.support_x, Norm()) if x is None else x.detach()
     prior = attention(params, kind, x, task.support_y, args)  # w = h(x, y), or p(z)
     w = prior[0]  # (B, C)
     if args.modulation == "pam":
         posterior = attention(params, kind, query.detach(), task.query_y, args)  # q(z)
         w = posterior[0] + posterior[1].exp() * epsilon
         kl = args.kl_weight * gaussian_kl(posterior, prior) / len(query)
-    adapted, _ = inner(fixed, w if args.head == "modulated" else None)
+    adapted, _ = inner(only_psi, w if args.head == "modulated" else None)
     query = embed(adapted, task.query_x, Norm(), w)  # x-bar = f(I, 1 - w)
     outputs = predict(adapted, kind, query, args)
     loss = loss + criterion(kind, outputs, task.query_y)  # Eq. 5: of Psi
@@ -399,9 +399,9 @@ def task_loss(params, task, args, kind, epsilon=None):
 
 
 def outputs_of_test(params, task, args, kind, w=None):
-    """ONE subtask in testing (Fig. 4c, 4e): w from the support set, unless given; then the head adapts to it.
+    """ONE subtask in testing (Fig. 4c, 4e): w is made from the support set, unless given; then the inner loop adapts.
 
-    Returns query outputs by both protocols; for classification also those of NIL, by the backbone as it was.
+    Returns query outputs by both protocols; for classification also those of NIL, by the parameters before the inner loop.
     """
     if args.modulation != "none" and w is None:
         x = embed(params, task.support_x, Norm())
@@ -435,8 +435,8 @@ def nil(x, query, y, args):
 
 
 def measures(kind, outputs, y):
-    """Of classification the accuracy in %. Else the share, in %, of outputs within 1e-3 of their labels; and for the
-    outputs of a test then, of the same, the mean squared errors in thousandths."""
+    """Measures of query outputs: one tensor in training; in testing one for each protocol, and NIL's. Classification: the
+    accuracy of each, in %. Regression: the share within 1e-3 of the label, in %, and in testing 1000 x the squared error."""
     if kind == "classification":
         correct = [(x.argmax(-1) == y).float() for x in outputs]
         return [100 * x.mean() for x in correct]
@@ -454,7 +454,7 @@ def draws(number, args):
     """P-AM's epsilon (T, J, B, C) for iteration `number`: from seed and number, so a continued run is the same run."""
     if args.modulation != "pam":
         return None
-    seed = 1_000_003 * args.seed + 100 + number  # up to 4 are those of heads: see init_params
+    seed = 1_000_003 * args.seed + 100 + number  # 0 to 4 are taken: see init_params
     rng = torch.Generator().manual_seed(seed)
     shape = args.meta_batch, len(args.tasks), 4, args.filters
     return torch.randn(shape, generator=rng).to(args.device)
@@ -519,7 +519,7 @@ def run_in_threads(params, kind, batch, noise, args, evaluate):
         return loss.detach(), found.detach(), gradients
 
     losses, found = [], []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     noises = [None] * T if noise is None else noise
     for loss, measure, gradients in in_threads(one, zip(tasks, noises), args.workers):
         losses.append(loss)
@@ -545,7 +545,7 @@ def evaluate(params, episodes, count, args):
 
 
 def units(scores, domains):
-    """What an interval is over: scores of tasks; or, because tasks of one domain share images, each of several domains' mean."""
+    """The independent scores that an interval is over: of tasks; of several domains, whose tasks share images, the means."""
     if domains <= 1:
         return scores
     first = range(min(domains, len(scores)))
@@ -577,7 +577,7 @@ def interval(mean, variance):
 
 
 def measured(rows, args, episodes):
-    """Measures of tasks, a row for each of KEYS -> what files hold of them: "overall" only of a single high-level task."""
+    """Measures of tasks, a row for each of KEYS -> {key: summary}, without "overall" where high-level tasks are several."""
     found = {}
     for key, row in zip(KEYS, rows):
         found[key] = summary(row, args.strata, episodes.domains)
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on test classes of data sets not trained on -> {mode: as result.json has it of its own}."""
+    """--transfer: evaluate on test classes of data sets not trained on -> {mode: what result.json holds of its own tests}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")

@@ -11,23 +11,24 @@ characters, birds, photographs). So a second, small network looks at the support
     W-hat = W * (1 + M(v))      b-hat = b + db(v)       M(v) = outer(g1(v), g2(v)), reshaped like W
 The 1 makes M a residual: W holds what all modes share, M says how this task departs from it, and where M is
 0, W is used as it is. FiLM, in mmaml.py, has one factor per output channel, so it can only turn a filter up or
-down; KML can turn it into another filter. (One factor for all entries of a filter would be lost here: the
-BatchNorm behind the convolution divides it out again. FiLM stands after BatchNorm for this reason.)
-The outer product needs 329,595 generator parameters, where a linear layer per kernel entry needs 50.1 million.
-It limits M: seen as a C_out x 9 C_in matrix, M has rank 1 in layer 1 (all filters get the same pattern of 27
-entries, scaled by a factor per filter) and rank 3 in layers 2 to 4.
+down; KML can turn it into another filter. (One factor for all entries of a filter would have no effect here: the
+BatchNorm that follows the convolution divides it out. This is why FiLM stands after BatchNorm.)
+With the outer product the generator has 329,595 parameters; with an output of its own for each kernel entry it
+would have 50.1 million. The outer product limits M: seen as a C_out x 9 C_in matrix, M has rank 1 in layer 1
+(all filters get the same pattern of 27 entries, scaled by a factor per filter) and rank 3 in layers 2 to 4.
 
 The inner loop adapts theta *under* a fixed M: the network of each step is modulate(theta, omega). Algorithm 2
-shows no inner loop; both released codes modulate in the forward pass, and put together they adapt theta in
-this way. A step of theta then moves an entry of W-hat by (1 + M)^2 times its own gradient. --adapt modulated
-is the other reading of lines 7 and 8: there W-hat itself is what steps.
+shows no inner loop. MMAML's and KML's released codes both modulate inside the forward pass; with KML's modulation
+in MMAML's code, it is theta that the inner loop adapts. A step of theta then moves an entry of W-hat by
+(1 + M)^2 times the step that the gradient at this entry of W-hat would make. --adapt modulated reads the
+algorithm's lines 7 and 8 the other way: the steps change W-hat itself.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
 again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
 Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of an iteration are all different, where both codes draw them with replacement, so that only
-about 8 of 10 differ. --no-norm-affine and --repeat-tasks do as those codes do.
+none. And the tasks of one iteration are all different; both codes draw them with replacement, which gives about
+8 different tasks in 10. --no-norm-affine and --repeat-tasks do as those codes do.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -96,8 +97,8 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, the moments are those of the batch x itself, in training and in testing, because running
-    averages would mix tasks. Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets
-    second derivatives wrong.
+    averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
+    torch 2.13's vmap gets second derivatives wrong.
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
     y = F.conv2d(x, W, b, stride=2, padding=1).to(W.dtype)  # bf16, if chosen, ends here
@@ -113,7 +114,7 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions, 1 + M needs more."""
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is too coarse for 1 + M."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
@@ -143,7 +144,7 @@ def encode_task(params, support_x):
 
 
 def generator_sizes(args, l, c_in, c_out):
-    """Outputs of the linear layers that make omega for layer l: rows x cols = entries of W (near-square), and db."""
+    """Output sizes of the generator's linear layers for layer l: rows and cols, whose outer product is M, and db."""
     if l == 1:
         rows, cols = c_out, 9 * c_in
     else:
@@ -193,7 +194,7 @@ def init_params(args):
         params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def default(name, *shape):
-        root = math.sqrt(math.prod(shape[1:]))  # uniform within 1 / root of the number of inputs
+        root = math.sqrt(math.prod(shape[1:]))  # of the number of inputs; uniform in (-1 / root, 1 / root)
         weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
         params[f"{name}.weight"] = (2 * weight - 1) / root
         params[f"{name}.bias"] = (2 * bias - 1) / root
@@ -227,14 +228,14 @@ def task_loss(params, task, args, evaluate=False):
     Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
     is the only training signal of all parameters. Its gradient reaches encoder and generator along two ways:
     through the modulated network that sees the query images, and through the inner steps, which see the support
-    images. Numbers are lines of KML's Algorithm 2.
+    images. Numbers in comments are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     omega = {}  # no modulation
     if args.modulation != "none":
         v = encode_task(params, task.support_x)  # 5: v = h(S), (128,)
         omega = modulation(params, v)  # 6: omega = g(v)
-    if args.adapt == "modulated":  # the other reading: the steps change the product
+    if args.adapt == "modulated":  # the other reading of lines 7 and 8: the steps change W-hat
         theta, omega = modulate(theta, omega), {}
 
     def support_loss(theta):
@@ -267,7 +268,7 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """Run task_loss on T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate` (T, 2): paper's, inductive.
 
-    In training it adds the gradient of the mean loss to .grad. (Algorithm 2, lines 10 to 12, has the sum.)
+    In training it adds the gradient of the mean loss to .grad. (KML's Algorithm 2 has the sum.)
     `vectorise`: all tasks at once, by vmap, which fills a GPU. Else, for the CPU, each task runs in a thread of
     its own, and gradients are added in the order of the tasks.
     """
@@ -293,7 +294,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             losses.mean().backward()
         return losses.detach(), accuracies
     losses, accuracies = [], []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         losses.append(loss)
         accuracies.append(accuracy)
@@ -306,8 +307,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 def evaluate(params, episodes, count, args):
     """Accuracies in % of the first `count` tasks -> array (2, count).
 
-    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive, and
-    is missing where task_loss has no inductive logits. See PROTOCOLS.
+    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive.
     """
     accuracies = []
     starts = range(0, count, 20)  # 20 tasks at a time: enough to fill a GPU
@@ -406,7 +406,6 @@ def measure(params, test, args, run):
     rows = evaluate(params, test, args.test_tasks, args)
     accuracies = [summary(row, args.modes) for row in rows]
     per_task = rows.tolist()
-    has_inductive = len(rows) == 2
     return run.write_result(
         {
             "modes": args.modes,
@@ -417,10 +416,10 @@ def measure(params, test, args, run):
             "tasks_sha256": test.sha256(args.test_tasks),
             "data": test.folders,
             "accuracy": accuracies[0],
-            "accuracy_inductive": accuracies[1] if has_inductive else None,
+            "accuracy_inductive": accuracies[1],
             "parameters": {part: size(params, part) for part in PARTS},
             "per_task": per_task[0],
-            "per_task_inductive": per_task[1] if has_inductive else None,
+            "per_task_inductive": per_task[1],
             "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)],
         }
     )
@@ -433,8 +432,8 @@ def report(result, args):
     print(f"\n{args.title}: {setting}, after {training}")
     print(f"{'accuracy in %':16}{'paper protocol':18}inductive")
     for name, row in result["accuracy"].items():
-        both = [row, (result["accuracy_inductive"] or {}).get(name)]
-        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) if x else "-" for x in both]
+        both = [row, result["accuracy_inductive"][name]]
+        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) for x in both]
         print(f"{name:16}{cells[0]:18}{cells[1]}")
 
 
@@ -443,7 +442,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's released code, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -507,7 +506,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

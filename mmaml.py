@@ -9,27 +9,27 @@ initialisation has to serve every task, which is hard when tasks come from unlik
 characters, birds, photographs). So MMAML's second, small network looks at the support images, describes the
 task by 128 numbers v, and makes from v a scale and a shift for each channel of each layer:
     Y-hat_i = (1 + scale_i(v)) * Y_i + shift_i(v)       Y_i: channel i of a layer, after BatchNorm
-With the 1, a scale and a shift of 0 leave the network as it is. On a bare convolution the scale would be one
-factor for all 9 * C_in entries of kernel i (Eq. 5): FiLM turns a filter up or down. In kml.py each entry has its
-own factor.
+With the 1, a scale and a shift of 0 leave the network as it is. A scale turns a whole filter up or down. (Without
+BatchNorm it would be the same as one factor for all 9 * C_in entries of kernel i: the KML paper's Eq. 5.) In
+kml.py each entry has its own factor.
 
-The inner loop adapts theta *under* a fixed scale and shift. (With --adapt modulated, these step too.)
-FiLM has to come *after* BatchNorm. On the output of the convolution BatchNorm would undo it at once: it
-subtracts the shift with the channel's mean, and divides the scale out with the channel's deviation.
+The inner loop adapts theta *under* a fixed scale and shift. With --adapt modulated, the steps change these too.
+FiLM has to come *after* BatchNorm. Right behind the convolution, BatchNorm would undo it: it subtracts the
+shift with the channel's mean, and divides the scale out with the channel's deviation.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
 again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
 Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of an iteration are all different, where both codes draw them with replacement, so that only
-about 8 of 10 differ. --no-norm-affine and --repeat-tasks do as those codes do.
+none. And the tasks of one iteration are all different; both codes draw them with replacement, which gives about
+8 different tasks in 10. --no-norm-affine and --repeat-tasks do as those codes do.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  Section 5.1
     g            modulation                  generator.film{l}       Section 5.1
-    eta, gamma   1 + film{l}.scale, .shift   (C_l,), (C_l,)          Eq. 3 (papers disagree on which is gamma)
+    eta, gamma   1 + film{l}.scale, .shift   (C_l,), (C_l,)          Eq. 3 (gamma is the shift here)
 
 Read it beside kml.py (`diff mmaml.py kml.py`): one modulation in place of another, nothing else.
 Run:  python mmaml.py --synthetic --quick     two minutes on two CPU cores, no download; prints accuracies
@@ -71,7 +71,7 @@ PROTOCOLS = {
 }
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
-ADAPT_HELP = "what inner steps change: theta under FiLM, or scale and shift too (C: theta)"
+ADAPT_HELP = "what inner steps change: theta alone, or FiLM's scale and shift too (C: theta)"
 REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
 
 
@@ -91,8 +91,8 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, the moments are those of the batch x itself, in training and in testing, because running
-    averages would mix tasks. Scale and shift stay outside the call: with them inside, torch 2.13's vmap gets
-    second derivatives wrong.
+    averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
+    torch 2.13's vmap gets second derivatives wrong.
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
     y = F.conv2d(x, W, b, stride=2, padding=1).to(W.dtype)  # bf16, if chosen, ends here
@@ -108,7 +108,7 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions, 1 + M needs more."""
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is too coarse for 1 + scale."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
@@ -175,7 +175,7 @@ def init_params(args):
         params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def default(name, *shape):
-        root = math.sqrt(math.prod(shape[1:]))  # uniform within 1 / root of the number of inputs
+        root = math.sqrt(math.prod(shape[1:]))  # of the number of inputs; uniform in (-1 / root, 1 / root)
         weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
         params[f"{name}.weight"] = (2 * weight - 1) / root
         params[f"{name}.bias"] = (2 * bias - 1) / root
@@ -209,14 +209,14 @@ def task_loss(params, task, args, evaluate=False):
     Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
     is the only training signal of all parameters. Its gradient reaches encoder and generator along two ways:
     through the modulated network that sees the query images, and through the inner steps, which see the support
-    images. Numbers are lines of KML's Algorithm 2.
+    images. Numbers in comments are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     omega = {}  # no modulation
     if args.modulation != "none":
         v = encode_task(params, task.support_x)  # 5: v = h(S), (128,)
         omega = modulation(params, v)  # 6: omega = g(v)
-    if args.adapt == "modulated":  # the other reading: the steps change the product
+    if args.adapt == "modulated":  # the steps change theta, scale and shift together
         theta, omega = modulate(theta, omega), {}
 
     def support_loss(theta):
@@ -249,7 +249,7 @@ def task_loss(params, task, args, evaluate=False):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """Run task_loss on T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate` (T, 2): paper's, inductive.
 
-    In training it adds the gradient of the mean loss to .grad. (Algorithm 2, lines 10 to 12, has the sum.)
+    In training it adds the gradient of the mean loss to .grad. (KML's Algorithm 2 has the sum.)
     `vectorise`: all tasks at once, by vmap, which fills a GPU. Else, for the CPU, each task runs in a thread of
     its own, and gradients are added in the order of the tasks.
     """
@@ -275,7 +275,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             losses.mean().backward()
         return losses.detach(), accuracies
     losses, accuracies = [], []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         losses.append(loss)
         accuracies.append(accuracy)
@@ -288,8 +288,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 def evaluate(params, episodes, count, args):
     """Accuracies in % of the first `count` tasks -> array (2, count).
 
-    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive, and
-    is missing where task_loss has no inductive logits. See PROTOCOLS.
+    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive.
     """
     accuracies = []
     starts = range(0, count, 20)  # 20 tasks at a time: enough to fill a GPU
@@ -388,7 +387,6 @@ def measure(params, test, args, run):
     rows = evaluate(params, test, args.test_tasks, args)
     accuracies = [summary(row, args.modes) for row in rows]
     per_task = rows.tolist()
-    has_inductive = len(rows) == 2
     return run.write_result(
         {
             "modes": args.modes,
@@ -399,10 +397,10 @@ def measure(params, test, args, run):
             "tasks_sha256": test.sha256(args.test_tasks),
             "data": test.folders,
             "accuracy": accuracies[0],
-            "accuracy_inductive": accuracies[1] if has_inductive else None,
+            "accuracy_inductive": accuracies[1],
             "parameters": {part: size(params, part) for part in PARTS},
             "per_task": per_task[0],
-            "per_task_inductive": per_task[1] if has_inductive else None,
+            "per_task_inductive": per_task[1],
             "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)],
         }
     )
@@ -415,8 +413,8 @@ def report(result, args):
     print(f"\n{args.title}: {setting}, after {training}")
     print(f"{'accuracy in %':16}{'paper protocol':18}inductive")
     for name, row in result["accuracy"].items():
-        both = [row, (result["accuracy_inductive"] or {}).get(name)]
-        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) if x else "-" for x in both]
+        both = [row, result["accuracy_inductive"][name]]
+        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) for x in both]
         print(f"{name:16}{cells[0]:18}{cells[1]}")
 
 
@@ -425,7 +423,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's released code, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -489,7 +487,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

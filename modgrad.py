@@ -5,12 +5,12 @@ Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learni
 The idea. The gradient of a support set of a few images is noisy, and MAML follows all of it alike. ModGrad learns
 which parts to follow: in a step, each entry of the gradient has a factor of its own, made for this task,
     theta <- theta - alpha * M(v) * gradient(theta)         M = ReLU(outer(h1 a1, h2 a2))          Eq. 5, 8
-M comes from a *cell* per adapted layer. Two sister networks turn a context v into u columns h each, and by softmax
-into a mixture a of them; the outer product of the two mixed columns has as many entries as the layer's kernel.
-v describes the task. With v = 0 a trial step is made; v is then the negative gradient, with respect to v, of the
-loss after that step (Eq. 9): the direction in which the step would have been better. So a step of ModGrad takes two
-forward and two backward passes. M starts near 1e-4, so at first hardly anything adapts: this is the released code's
-start, entry by entry. --start-at-one starts M near 1, where ModGrad begins as MAML on the same layers.
+M comes from a *cell* per adapted layer. Two sister networks look at a context v. Each makes u columns h, and by a
+softmax u weights a; h a is the weighed sum of the columns. The outer product of the two sums has as many entries as
+the layer's kernel. v describes the task. With v = 0 a trial step is made; v is then the negative gradient, with
+respect to v, of the loss after that step (Eq. 9): the direction in which the step would have been better. So a step
+of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly anything adapts; the
+released code's cells start in the same way. With --start-at-one M starts near 1: MAML on the same layers.
 
     paper          here                        shape or keys                     where
     theta          group(params, "base")       conv{l} norm{l} head              the network
@@ -19,12 +19,11 @@ start, entry by entry. --start-at-one starts M near 1, where ModGrad begins as M
     phi_1, phi_2   cell                        generator.{layer}.rows, .cols     Eq. 6, 7
     u              --rank                      5                                 Eq. 6
     M              modulation                  like the adapted parameters       Eq. 8
-    alpha, K       --alpha, --steps            0.1, 1                            Eq. 5
+    alpha, K       --alpha, --steps            0.1, 1 (K of Eq. 5, not shots)    Eq. 5
 
 --algorithm also takes the baselines of the paper's Figure 9: MAML, Meta-SGD, CAVIA, T-Net. Their inner steps stand
-one under the other, below. (LEO, in its Table 1, moves a code z from which the classifier is decoded, on features
-of a network trained before; it is left out.) `--algorithm maml --adapt conv3 conv4` is a control that the paper
-lacks: MAML on ModGrad's two layers, that is M = 1.
+below, one after another. (LEO, in its Table 1, is left out: it works on features of a network trained before.)
+`--algorithm maml --adapt conv3 conv4` is a control that the paper lacks: MAML on ModGrad's two layers, that is M = 1.
 
 Read it beside mmaml.py: MAML's inner loop, with other steps in it.
 Run:  python modgrad.py --synthetic --quick     about two minutes on two CPU cores, no download; prints accuracies
@@ -97,8 +96,8 @@ class Norm:
     """BatchNorm for one forward pass, by name.
 
     It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
-    or, given `stats` from another pass, with those. Scale and shift stay outside the call: with them inside, torch
-    2.13's vmap gets second derivatives wrong.
+    or, given `stats` from another pass, with those. Scale and shift are not passed to torch.native_batch_norm: with
+    them inside, torch 2.13's vmap gets second derivatives wrong.
     """
 
     def __init__(self, stats=None):
@@ -139,7 +138,7 @@ def conv4_block(params, name, x, norm):
     if f"{name}.film" in params:  # CAVIA: FiLM made from the context, gamma * x + beta
         gamma, beta = params[f"{name}.film"].chunk(2)
         x = gamma[:, None, None] * x + beta[:, None, None]
-    return F.relu(F.max_pool2d(x, 2))  # as after ReLU, on a quarter of the numbers
+    return F.relu(F.max_pool2d(x, 2))  # pooled first, so that ReLU sees a quarter of the numbers
 
 
 def stem_block(params, name, x, norm):
@@ -278,9 +277,9 @@ def factors(args, layer):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every algorithm.
 
-    conv4 and every linear layer start as PyTorch's own layers do, as in ModGrad's released code. The size of the
-    kernels matters. BatchNorm makes the network's output independent of it, but the larger a kernel is, the less a
-    gradient step turns it: relative to its size, the step changes it by 1 / |W|^2. The deep networks start as in
+    conv4 and every linear layer start as PyTorch's own layers do, as in ModGrad's released code. The norm of the
+    initial kernels matters. BatchNorm makes the network's output independent of it, but not a gradient step: the
+    change of a kernel W, relative to its norm, is proportional to 1 / |W|^2. The deep networks start as in
     their authors' code: kernels are normal with variance 2 / (C_out * places), and there are no biases.
     """
     rng = torch.Generator().manual_seed(args.seed)
@@ -338,7 +337,7 @@ def init_generator(params, args, default):
             if part == "weight":  # an outer product of two columns
                 rows, cols = factors(args, layer)
                 sizes = {"rows": rows, "cols": cols}
-            else:  # a bias, or BatchNorm's scale or shift: one column
+            else:  # a bias: one column
                 sizes = {part: params[key].numel()}
             for factor, n in sizes.items():
                 init_cell(params, args, default, f"generator.{layer}.{factor}", n)
@@ -432,7 +431,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -454,8 +453,8 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     """ONE task: adapt the layers in --adapt to the support set by --steps inner steps, evaluate on the query set.
 
     Returns the query loss (), the only training signal of all parameters; the query logits (N*Q, N); and, if
-    `evaluate`, the inductive logits. noise: dict like what is adapted, added to every inner gradient. Numbers are
-    lines of Algorithm 1.
+    `evaluate`, the inductive logits. noise: dict like what is adapted, added to every inner gradient. Numbers
+    in comments are lines of Algorithm 1.
     """
     support_x, query_x = normalise(task.support_x), normalise(task.query_x)
     keys = adapted_keys(args, params)
@@ -525,8 +524,8 @@ def augment(batch, number, args):
 
     def change(x):  # (T, n, 3, S, S)
         images = x.flatten(0, 1)
-        u = torch.rand(7, len(images), generator=rng).to(x.device)
-        crop, right, down, mirror, *jitter = u
+        amounts = torch.rand(7, len(images), generator=rng)
+        crop, right, down, mirror, *jitter = amounts.to(x.device)
         crop = 1 - 0.4 * crop
         zero = torch.zeros_like(crop)
         flip = torch.where(mirror < 0.5, -crop, crop)
@@ -535,7 +534,7 @@ def augment(batch, number, args):
         places = torch.stack([flip, zero, to_right, zero, crop, to_bottom], 1)
         grid = F.affine_grid(places.view(-1, 2, 3), images.shape, align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        brightness, contrast, saturation = ((0.6 + 0.8 * u)[:, None, None, None] for u in jitter)
+        brightness, contrast, saturation = ((0.6 + 0.8 * amount)[:, None, None, None] for amount in jitter)
         images = images * brightness
         about = ((contrast, (1, 2, 3)), (saturation, 1))  # the image's mean, each pixel's grey
         for strength, axes in about:
@@ -612,7 +611,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             losses.mean().backward()
         return losses.detach(), accuracies
     losses, accuracies = [], []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         losses.append(loss)
         accuracies.append(accuracy)
@@ -625,8 +624,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
 def evaluate(params, episodes, count, args):
     """Accuracies in % of the first `count` tasks -> array (2, count).
 
-    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive, and
-    is missing where task_loss has no inductive logits. See PROTOCOLS.
+    Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive.
     """
     accuracies = []
     starts = range(0, count, 20)  # 20 tasks at a time: enough to fill a GPU
@@ -724,7 +722,6 @@ def measure(params, test, args, run):
     rows = evaluate(params, test, args.test_tasks, args)
     accuracies = [summary(row, args.modes) for row in rows]
     per_task = rows.tolist()
-    has_inductive = len(rows) == 2
     return run.write_result(
         {
             "modes": args.modes,
@@ -735,10 +732,10 @@ def measure(params, test, args, run):
             "tasks_sha256": test.sha256(args.test_tasks),
             "data": test.folders,
             "accuracy": accuracies[0],
-            "accuracy_inductive": accuracies[1] if has_inductive else None,
+            "accuracy_inductive": accuracies[1],
             "parameters": {part: size(params, part) for part in PARTS},
             "per_task": per_task[0],
-            "per_task_inductive": per_task[1] if has_inductive else None,
+            "per_task_inductive": per_task[1],
             "per_task_mode": [j % len(args.modes) for j in range(args.test_tasks)],
             "best_on_validation": best_on_validation(test, args),
         }
@@ -752,8 +749,8 @@ def report(result, args):
     print(f"\n{args.title}: {setting}, after {training}")
     print(f"{'accuracy in %':16}{'paper protocol':18}inductive")
     for name, row in result["accuracy"].items():
-        both = [row, (result["accuracy_inductive"] or {}).get(name)]
-        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) if x else "-" for x in both]
+        both = [row, result["accuracy_inductive"][name]]
+        cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) for x in both]
         print(f"{name:16}{cells[0]:18}{cells[1]}")
     if best := result["best_on_validation"]:
         both = [best["accuracy"]["overall"], best["accuracy_inductive"]["overall"]]
@@ -771,9 +768,9 @@ def column(i):
 
 
 BACKBONES = ("conv4", "resnet34", "wrn28-10")
-KEEP_HELP = "iterations between kept parameters; the best on validation classes is tested too; 0: none"
+KEEP_HELP = "iterations between kept parameters; those best on validation classes are tested too; 0: none"
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
-STEPS_HELP = f"K, inner steps (P: 1 for ModGrad): {column(0)}"
+STEPS_HELP = f"inner steps (P: 1 for ModGrad): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
 ADAPT_HELP = (
     f"layers that the steps change, as conv3 conv4 head; all; or 'last two' convolutions: {column(2)}"
@@ -785,7 +782,7 @@ AUGMENT_HELP = "crop, mirror, recolour training images (P: the deep networks)"
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: the released code's, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of its code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes together (P: 600)")
@@ -866,19 +863,19 @@ def check(args):
         remedy = "its context modulates a layer of conv4; choose conv4"
         fail(f"--algorithm cavia --backbone {args.backbone}: {remedy}")
     if not args.adapt and args.algorithm != "cavia":
-        fail("--adapt context is CAVIA's: name layers")
+        fail("--adapt context: only --algorithm cavia adapts a context; name layers, as conv3 conv4")
     if args.start_at_one and args.algorithm != "modgrad":
         fail(f"--start-at-one --algorithm {args.algorithm}: M is ModGrad's; leave one of them out")
     if args.algorithm == "modgrad" and "all" in args.adapt:
-        remedy = "name the layers, as conv3 conv4 head"
-        fail(f"--algorithm modgrad --adapt all: a cell is for kernels and biases; {remedy}")
+        remedy = "name layers instead, as conv3 conv4 head"
+        fail(f"--algorithm modgrad --adapt all: BatchNorm's scale and shift have no cells; {remedy}")
     if args.keep_every and args.val_every and args.log_every:
         kept_unvalidated = args.keep_every % args.val_every
         if args.val_every % args.log_every or kept_unvalidated:
             typed = (
                 f"--keep-every {args.keep_every} --val-every {args.val_every} --log-every {args.log_every}"
             )
-            remedy = "give each as a multiple of the next, or --keep-every 0"
+            remedy = "make the first a multiple of the second and this of the third, or --keep-every 0"
             fail(f"{typed}: parameters that are kept must be validated: {remedy}")
 
 
@@ -893,7 +890,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

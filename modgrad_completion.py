@@ -342,7 +342,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -519,7 +519,7 @@ CLIP_HELP = "bound of the inner gradient's entries (C: none, but 10 for those of
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="held-out images")
@@ -604,7 +604,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,11 @@ algorithms differ:
     alpha, K       --alpha, --steps            0.1, see below                    Eq. 5
 
 What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings per character, of which LEAP
-holds out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out (--shots 15
-15 is LEAP's: all equal). Of 50 alphabets 46 have 20 characters: 25 for training (P), 10 for testing, 11 for
-validation (LEAP).
-The paper does not say how ModGrad is trained here. Ours trains through --steps 5 (as LEAP's code does for its MAML), with
-the layers, step size and cells of its mini-ImageNet runs. (MAML is not in the figure.) Every algorithm is *tested* for
-100 steps. With these cells M starts at 0.0001 in the mean, with half of its entries 0: until the generator has
-learned, ModGrad's steps do nothing.
+holds out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out. (With --shots
+15 15, as in LEAP, all have 15.) Of 50 alphabets 46 have 20 characters: 25 to train (P), 10 to test, 11 to validate.
+The paper does not say how ModGrad is trained here. Ours trains through --steps 5, as LEAP's code does for its MAML, with
+the layers, step size and cells of the mini-ImageNet runs. (MAML is not in the figure.) Every algorithm is *tested* for 100
+steps. M starts at 0.0001 in the mean, with half of its entries 0, so until the cells have learned, steps do nothing.
 This script keeps LEAP's network, its initialisation, and the random turns of all images, held-out ones too. It departs
 from LEAP's code in three things:
 - The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
@@ -44,7 +42,7 @@ Read it beside modgrad.py: the same steps, more of them, and two algorithms that
 Run:  python modgrad_multishot.py --synthetic --quick     a minute or two on two CPU cores, no download; prints accuracies
       python modgrad_multishot.py --algorithm reptile
 A task of five steps takes a CPU core 0.3 (reptile) to 0.6 s (maml). So the protocol takes two to four hours for modgrad
-and maml, which train through 5 steps, and over a day for fomaml and reptile, which take 100; at `--channels 16 --steps 5
+and maml, which train through 5 steps, and over a day for fomaml and reptile, which take 100. With `--channels 16 --steps 5
 --meta-batch 5` each takes 5 to 12 minutes, and a few more for the test. It was never run on a GPU.
 """
 
@@ -333,8 +331,8 @@ class Norm:
     """BatchNorm for one forward pass, by name.
 
     It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
-    or, given `stats` from another pass, with those. Scale and shift stay outside the call: with them inside, torch
-    2.13's vmap gets second derivatives wrong.
+    or, given `stats` from another pass, with those. Scale and shift are not passed to torch.native_batch_norm: with
+    them inside, torch 2.13's vmap gets second derivatives wrong.
     """
 
     def __init__(self, stats=None):
@@ -544,7 +542,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -572,7 +570,7 @@ def task_loss(params, task, args, evaluate=False):
 
     Returns the outer loss (), the only training signal of all parameters, and the logits (N*Q, N) of the held-out
     drawings. If `evaluate`: the losses (K,) of the batches, each before its step; logits (marks, N*Q, N) after several
-    numbers of steps, the last included; and the inductive logits (N*Q, N). Numbers are lines of Algorithm 1.
+    numbers of steps, the last included; and the inductive logits (N*Q, N). Numbers in comments are lines of Algorithm 1.
     """
     keys = adapted_keys(args, params)
     adapted = {k: params[k] for k in keys}  # 6: theta^0
@@ -649,7 +647,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             loss.mean().backward()
         return [x.detach() for x in columns]
     rows = []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     for found, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         rows.append(found)
         for w, g in zip(weights, gradients):
@@ -810,7 +808,7 @@ LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; L: that of LEAP and its code, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; L: that of LEAP's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
@@ -892,7 +890,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

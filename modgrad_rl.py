@@ -291,7 +291,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases keep their sign, because Eq. 8 is about the outer product alone.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -725,7 +725,7 @@ FISHER_HELP = (
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument(
         "--seed", type=int, default=0, help="of initial parameters, training tasks and training rollouts"

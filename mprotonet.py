@@ -68,13 +68,15 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 EMBED_HELP = (
-    "where v comes from. support: the support images (P). query: in the query pass, the query images (C). The rest are "
-    "controls that neither has, blind to the task. constant: one learned vector. other: another task's images"
+    "where v comes from. support: the support images (P). query: in the query pass, the query images (C). Two are controls "
+    "of ours, blind to the task. constant: one learned vector. other: another task's images"
 )
 EMBEDDINGS = ("support", "query", "constant", "other")
 GENERATOR_HELP = "kml's M: an outer product (P, C), or a linear layer for all of each kernel's M"
 OFFICIAL_HELP = "as C: --no-residual --embed query --transductive; without modulation the last alone"
-INIT_SCALE_HELP = "of the initial base kernels (P, C: 1); 0.01 is the size of W * M's kernels"
+INIT_SCALE_HELP = (
+    "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
+)
 DISTANCE_SCALE_HELP = "logits are minus this times the squared distances (P, C: 1)"
 REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
 
@@ -95,8 +97,8 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, the moments are those of the batch x itself, in training and in testing, because running
-    averages would mix tasks. Scale and shift may go into the call, which is a tenth faster, because nothing is
-    differentiated twice here (see kml.py).
+    averages would mix tasks. Scale and shift go into the call here, which is a tenth faster. (In kml.py they may not,
+    because there the call is differentiated twice.)
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
     scale, shift = params.get(f"norm{l}.scale"), params.get(f"norm{l}.shift")
@@ -112,7 +114,7 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions, 1 + M needs more."""
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is too coarse for 1 + M."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
@@ -150,8 +152,8 @@ def squared_distances(x, y):
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
 
-    With --embed constant v is a parameter, the same for all tasks. What modulation gains then does not come
-    from knowledge of the task, but from another parametrisation of the same weights.
+    With --embed constant v is a parameter, the same for all tasks. If modulation still helps then, this comes from
+    another parametrisation of the same weights, and not from knowledge of the task.
     """
     if "encoder.constant" in params:
         return params["encoder.constant"]
@@ -164,10 +166,10 @@ def encode_task(params, support_x):
 
 
 def generator_sizes(args, l, c_in, c_out):
-    """Outputs of the linear layers that make omega for layer l.
+    """Output sizes of the generator's linear layers for layer l.
 
-    FiLM: a scale and a shift per channel. KML: rows x cols = entries of W (near-square), or all of these entries
-    at once (152 times the parameters), and db.
+    FiLM: a scale and a shift per channel. KML: db, and rows and cols, whose outer product is M; with --generator
+    full all entries of M at once, which takes 152 times the parameters.
     """
     if args.modulation == "film":
         return {f"film{l}": 2 * c_out}
@@ -213,9 +215,9 @@ def modulate(theta, omega, one=1):
     has two effects. First, the outputs of the convolutions have a variance near 1e-6, below BatchNorm's epsilon
     of 1e-5. They are not normalised to a deviation of 1, but to 0.2 to 0.5 in the median channel, so the size of
     a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
-    --distance-scale are controls for this.) Second, the steps of encoder and generator, to which Adam gives a
-    size of their own, are about 100 times larger relative to the kernel. (Those of W are not, because M
-    multiplies them.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
+    --distance-scale are controls for this.) Second, a step of encoder and generator changes the kernel about 100
+    times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (A step of
+    W does not, because M multiplies it.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
     """
     modulated = theta | omega
     for key, change in omega.items():
@@ -244,7 +246,7 @@ def init_params(args):
         params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def default(name, *shape):
-        root = math.sqrt(math.prod(shape[1:]))  # uniform within 1 / root of the number of inputs
+        root = math.sqrt(math.prod(shape[1:]))  # of the number of inputs; uniform in (-1 / root, 1 / root)
         weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
         params[f"{name}.weight"] = (2 * weight - 1) / root
         params[f"{name}.bias"] = (2 * bias - 1) / root
@@ -270,7 +272,7 @@ def init_params(args):
                 norm(f"encoder.norm{l}", c_out)
             default("encoder.linear", EMBEDDING, widths[-1])
     for key, w in params.items():
-        if w.dim() == 4:  # convolutions are fastest with channels last, where there is no second derivative
+        if w.dim() == 4:  # without second derivatives, convolutions are fastest with channels last
             params[key] = w.to(memory_format=torch.channels_last)
     return params
 
@@ -282,7 +284,7 @@ def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, average the support set by class, classify the query set.
 
     Returns the query loss (), the only training signal of all parameters, encoder and generator included; the
-    query logits (N*Q, N); and, if `evaluate`, the inductive logits. Numbers are lines of KML's Algorithm 2.
+    query logits (N*Q, N); and, if `evaluate`, the inductive logits. Numbers in comments are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     residual = 0 if args.no_residual else 1  # the 1 of W * (1 + M)
@@ -334,16 +336,20 @@ class BlindTask(NamedTuple):
 
 
 class BlindEpisodes(Episodes):
-    """Episodes whose tasks come with the support images of another one, drawn at random among 256 of each mode."""
+    """Episodes whose tasks come with the support images of another task, of any mode (rarely, of the same one).
+
+    The other task is drawn at random from the block of the first: BLOCK = 256 tasks of each mode.
+    """
 
     def tasks(self, first, count):
-        span = self.BLOCK * len(self.modes)  # tasks that are drawn together
+        span = self.BLOCK * len(self.modes)  # tasks of a block
         name = f"other task {'+'.join(self.modes)} {self.split} {self.seed}"
         others = []
         for number in range(first, first + count):
             block, place = divmod(number, span)
             u = uniform(name, block, span)[place]
-            other = super().tasks(block * span + int(u * span), 1)
+            other_number = block * span + int(u * span)
+            other = super().tasks(other_number, 1)
             others.append(other.support_x)
         return BlindTask(*super().tasks(first, count), torch.cat(others))
 
@@ -359,7 +365,7 @@ def episodes_of(args, split):
 def run_tasks(params, batch, args, vectorise, evaluate=False):
     """Run task_loss on T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate` (T, 2): paper's, inductive.
 
-    In training it adds the gradient of the mean loss to .grad. (Algorithm 2, lines 10 to 12, has the sum.)
+    In training it adds the gradient of the mean loss to .grad. (KML's Algorithm 2 has the sum.)
     `vectorise`: all tasks at once, by vmap, which fills a GPU. Else, for the CPU, each task runs in a thread of
     its own, and gradients are added in the order of the tasks.
     """
@@ -385,7 +391,7 @@ def run_tasks(params, batch, args, vectorise, evaluate=False):
             losses.mean().backward()
         return losses.detach(), accuracies
     losses, accuracies = [], []
-    tasks = map(type(batch), *batch)  # the first entries of all fields, the second ones, ...
+    tasks = [type(batch)(*fields) for fields in zip(*batch)]  # task j has entry j of every field
     for loss, accuracy, gradients in in_threads(one_in_a_thread, tasks, args.workers):
         losses.append(loss)
         accuracies.append(accuracy)
@@ -399,7 +405,7 @@ def evaluate(params, episodes, count, args):
     """Accuracies in % of the first `count` tasks -> array (2, count).
 
     Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive, and
-    is missing where task_loss has no inductive logits. See PROTOCOLS.
+    is missing where queries see each other (--transductive, --embed query).
     """
     accuracies = []
     starts = range(0, count, 20)  # 20 tasks at a time: enough to fill a GPU
@@ -535,7 +541,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: the released code's, ours unless it says so.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of KML's code, and our default unless noted.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -615,7 +621,10 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        report(run.result(**same) or measure(params, test, args, run), args)
+        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        if result is None:
+            result = measure(params, test, args, run)
+        report(result, args)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def test_a_modgrad_run_from_start_to_end_and_its_continuation(
         ("--val-every 75", "a multiple"),
         ("--log-every 0", "--log-every 0"),
         ("--adapt conv9", "choose from all"),
-        ("--adapt all", "a cell is for kernels"),
+        ("--adapt all", "have no cells"),
         ("--image-size 8", "--image-size 8"),
     ):
         fails(capsys, functools.partial(modgrad.get_args, bad.split()), said)
