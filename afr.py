@@ -152,8 +152,8 @@ def linear(params, name, x):
 def embed(params, x, norm, w=None):
     """f_Phi(I, 1 - w): images (n, 3, S, S), w (B, C) or None for 0 -> activations of the last block (n, C, S/16, S/16).
 
-    The weights scale the input of the next block's convolution. BatchNorm, which follows it, cancels a factor that all
-    maps of a block have in common, so only the weights' ratios count. (No block follows the last one.)
+    1 - w scales the input of the next block's convolution. The BatchNorm after that cancels a factor that all maps of a
+    block have in common, so only ratios of 1 - w count. (No block follows the last one.)
     """
     for l in (1, 2, 3, 4):
         x = norm(params, f"norm{l}", conv(params, f"conv{l}", x))
@@ -359,7 +359,7 @@ def adapt(params, task, args, kind, w=None):
 
 
 def moves(key, kind, deep):
-    """Whether the inner loop changes a parameter: the head of this task, and (deep) what is no head."""
+    """Whether the inner loop changes a parameter: those of this task's head, and if `deep` all but heads."""
     return key.startswith(f"head.{kind}.") if key.startswith("head.") else deep
 
 
@@ -367,7 +367,7 @@ def task_loss(params, task, args, kind, epsilon=None):
     """ONE subtask of the high-level task `kind`, in training. epsilon (B, C): what P-AM draws from N(0, 1).
 
     Returns the loss () and the query outputs. The loss is the only training signal: Phi and theta learn from the pass
-    without w, Psi from the pass with w. Subtasks that differ in domain alone have no inner loop here (Fig. 4b).
+    without w, Psi from the pass with w. Only classification has an inner loop in training (Fig. 4b).
     """
 
     def inner(params, w=None):
@@ -435,7 +435,7 @@ def nil(x, query, y, args):
 
 
 def measures(kind, outputs, y):
-    """Measures of query outputs: one tensor in training; in testing one for each protocol, and NIL's. Classification: the
+    """Measures of `outputs`: one tensor in training; in testing one for each protocol, then NIL's. Classification: the
     accuracy of each, in %. Regression: the share within 1e-3 of the label, in %, and in testing 1000 x the squared error."""
     if kind == "classification":
         correct = [(x.argmax(-1) == y).float() for x in outputs]
@@ -545,7 +545,7 @@ def evaluate(params, episodes, count, args):
 
 
 def units(scores, domains):
-    """The independent scores that an interval is over: of tasks; of several domains, whose tasks share images, the means."""
+    """Independent scores for an interval: the tasks'; or the domains' means, because tasks of one domain share images."""
     if domains <= 1:
         return scores
     first = range(min(domains, len(scores)))
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on test classes of data sets not trained on -> {mode: what result.json holds of its own tests}."""
+    """--transfer: evaluate on test classes of data sets not trained on -> {mode: the keys that result.json has of its own}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -745,7 +745,7 @@ TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
 MODES_HELP = "data sets (miniimagenet; other --tasks: scenes, ray-cast, or a folder of yours with depth)"
 ALPHA_HELP = f"their size, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
-HEAD_HELP = "what Eq. 5's head adapts to"
+HEAD_HELP = "the head of Eq. 5 adapts to maps with w (modulated) or without (plain)"
 WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
 EMBED_HELP = "w is of the support set (P), or one learned vector for all subtasks: a control that the paper does not have"
@@ -753,7 +753,7 @@ EMBED_HELP = "w is of the support set (P), or one learned vector for all subtask
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant`, `strata` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; where it gives none, ours is argued above.")
+    p = new_parser(__doc__, "P: the paper's value. docs/protocol.md has the reasons for ours.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters, subtasks and P-AM's draws")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes or --tasks together")
@@ -785,7 +785,7 @@ def get_args(argv=None):
 
 
 def presets(typed):
-    """Several high-level tasks take their share of --quick's iterations each."""
+    """--quick's iterations, divided by the number of high-level tasks."""
     if not typed.quick:
         return {}
     return {"iterations": QUICK["iterations"] // len(typed.tasks)}
@@ -800,7 +800,7 @@ def add_algorithm_flags(p):
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
     p.add_argument(
-        "--queries", type=int, default=15, help="Q, query images per class; of a domain N * K, N * Q"
+        "--queries", type=int, default=15, help="Q, queries per class; a domain has N*K and N*Q images"
     )
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")

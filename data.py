@@ -38,7 +38,7 @@ from fewshot.task import Task
 class Episodes:
     """Draws tasks from one or several modes.
 
-    Task number g is task number g // M of mode g mod M: modes take turns. (In the released code they do on average.)
+    Task number g is task number g // M of mode g mod M: modes take turns. (In the released code, only on average.)
 
     Args:
         modes: names of the M modes. split: "train", "val" or "test". ways, shots, queries: N, K, Q. image_size: S, pixels.

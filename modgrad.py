@@ -5,8 +5,8 @@ Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learni
 The idea. The gradient of a support set of a few images is noisy, and MAML follows all of it alike. ModGrad learns
 which parts to follow: in a step, each entry of the gradient has a factor of its own, made for this task,
     theta <- theta - alpha * M(v) * gradient(theta)         M = ReLU(outer(h1 a1, h2 a2))          Eq. 5, 8
-M comes from a *cell* per adapted layer. Two sister networks look at a context v. Each makes u columns h, and by a
-softmax u weights a; h a is the weighed sum of the columns. The outer product of the two sums has as many entries as
+M comes from a *cell* per adapted layer. Two sister networks look at a context v. Each makes u columns (h), and,
+by a softmax, u weights for them (a); h a is their weighted sum. The outer product of the two sums has as many entries as
 the layer's kernel. v describes the task. With v = 0 a trial step is made; v is then the negative gradient, with
 respect to v, of the loss after that step (Eq. 9): the direction in which the step would have been better. So a step
 of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly anything adapts; the
@@ -234,14 +234,14 @@ def layer_shapes(args):
 
 
 def run_blocks(params, x, norm, args, first=0, last=None):
-    """The blocks first .. last - 1 of the network; all of them: images (n, 3, S, S) -> logits (n, N)."""
+    """Run blocks first .. last - 1 of the network; by default all: images (n, 3, S, S) -> logits (n, N)."""
     for name, block, *_ in architecture(args)[first:last]:
         x = block(params, name, x, norm)
     return x
 
 
 def normalise(x):
-    """Images in [0, 1] -> with ImageNet's mean 0 and deviation 1 per colour.
+    """Images in [0, 1] -> minus ImageNet's mean, over its standard deviation, per colour.
 
     By Python floats, because copying a tensor of constants to the GPU would make the host wait.
     """
@@ -346,7 +346,7 @@ def init_generator(params, args, default):
             params[f"generator.{key}"] = torch.full(params[key].shape, args.alpha)
     elif args.algorithm == "cavia":
         default("generator.film", 2 * args.channels, args.context)
-        params["generator.film.weight"] *= math.sqrt(3)  # CAVIA's: Kaiming's uniform without a ReLU's gain
+        params["generator.film.weight"] *= math.sqrt(3)  # as CAVIA's code: Kaiming uniform with gain 1
     elif args.algorithm == "tnet":
         for layer, shape in layer_shapes(args).items():
             if len(shape) == 4:
@@ -386,7 +386,7 @@ def cavia_step(params, adapted, loss, args, clip):
 
 
 def tnet_step(params, adapted, loss, args, clip):
-    """W <- W - alpha * gradient(W) of x -> T W x; T stays, and shapes the gradient  (Lee and Choi, ICML 2018)"""
+    """W <- W - alpha * gradient(W) in layers T W x; T is fixed, and shapes gradients  (Lee and Choi, ICML 2018)"""
     return maml_step(params, adapted, loss, args, clip)
 
 
@@ -431,7 +431,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -768,7 +768,7 @@ def column(i):
 
 
 BACKBONES = ("conv4", "resnet34", "wrn28-10")
-KEEP_HELP = "iterations between kept parameters; those best on validation classes are tested too; 0: none"
+KEEP_HELP = "iterations between kept copies; the copy best in validation is tested too; 0: none"
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 STEPS_HELP = f"inner steps (P: 1 for ModGrad): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
@@ -831,7 +831,7 @@ def add_algorithm_flags(p):
     p.add_argument("--inner-clip", type=float, default=20.0, help=CLIP_HELP)
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--meta-batch", type=int, default=3, help="T, tasks (episodes) per iteration (C: 3)")
-    p.add_argument("--iterations", type=int, default=16667, help="updates (C: 50,000 episodes in threes)")
+    p.add_argument("--iterations", type=int, default=16667, help="updates (C: 16,667, of 3 episodes each)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")
     p.add_argument(
         "--lr-halve-every", type=int, default=3333, help="iterations; 0: never (P: 10,000 episodes)"
@@ -875,7 +875,7 @@ def check(args):
             typed = (
                 f"--keep-every {args.keep_every} --val-every {args.val_every} --log-every {args.log_every}"
             )
-            remedy = "make the first a multiple of the second and this of the third, or --keep-every 0"
+            remedy = "make each a multiple of the next, or give --keep-every 0"
             fail(f"{typed}: parameters that are kept must be validated: {remedy}")
 
 

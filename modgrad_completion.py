@@ -65,8 +65,8 @@ LAYERS = ("fc1", "fc2", "fc3", "fc4", "fc5")
 PARTS = ("base", "encoder", "generator")  # of the parameters; only the CNP has an encoder
 PROTOCOL = "mean squared error over all pixels and colours, the context included; colours in [0, 1]"
 QUICK = {"iterations": 400, "test_tasks": 200}
-# (steps, their size, adapted layers). Numbers of steps, and ModGrad's size, are its paper's; MAML's and CAVIA's sizes
-# are CAVIA's.
+# (steps, their size, adapted layers). ModGrad's paper has the numbers of steps and ModGrad's size; the sizes of MAML
+# and CAVIA are those of CAVIA's code.
 DEFAULTS = {
     "modgrad": (1, 0.1, ["fc5"]),
     "maml": (5, 0.1, ["all"]),
@@ -209,7 +209,7 @@ def linear(params, name, x):
 
 
 def forward(params, x, context=None):
-    """Places x (n, 2), and beside each what is known of the image, context (C,) -> colours (n, 3)."""
+    """Places x (n, 2), each joined with the image's context vector (C,) -> colours (n, 3)."""
     if context is not None:
         beside = context.expand(len(x), -1)
         x = torch.cat([x, beside], 1)
@@ -246,8 +246,8 @@ def init_params(args):
     """Draw all parameters from the seed -> flat dict.
 
     Layers start as PyTorch's own: uniform within 1 / root of the number of inputs. (The MAML in CAVIA's code
-    draws its base within 1 / root of the number of *outputs*: weights of its first layer are an eighth of ours, of its
-    last 6.5 times ours. Here MAML starts like the others, so that only the algorithms differ.)
+    draws its base within 1 / root of the number of *outputs*: the weights of its first layer are 1/8 of ours, those of
+    its last 6.5 times ours. Here MAML starts like the others, so that only the algorithms differ.)
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}
@@ -291,8 +291,8 @@ def init_cell(params, args, default, name, n):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
-# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient. Each returns what is
-# adapted then. The text is that of modgrad.py.
+# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient. Each returns
+# the new `adapted`. The text is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -342,7 +342,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -396,7 +396,7 @@ def task_loss(params, task, args):
 
 
 def run_tasks(params, batch, args, train=False):
-    """Run task_loss on T tasks -> losses (T,), which are the errors; all together, because their matrices are small.
+    """Run task_loss on T tasks -> losses (T,), the errors; all tasks at once, because their matrices are small.
 
     In training it adds the gradient of the mean loss to .grad.
     """
@@ -513,8 +513,8 @@ def column(i):
 STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
 ADAPT_HELP = f"layers that the steps change, as fc5 head; or all: {column(2)}"
-ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
-CLIP_HELP = "bound of the inner gradient's entries (C: none, but 10 for those of each task's outer gradient)"
+ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
+CLIP_HELP = "bound of the inner gradient's entries (C: none; it bounds each task's outer gradient by 10)"
 
 
 def get_args(argv=None):

@@ -23,8 +23,8 @@ algorithms differ:
     alpha, K       --alpha, --steps            0.1, see below                    Eq. 5
 
 What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings per character, of which LEAP
-holds out 5. Here a class has 1 to 15 training drawings, each number as likely, and 5 others are held out. (With --shots
-15 15, as in LEAP, all have 15.) Of 50 alphabets 46 have 20 characters: 25 to train (P), 10 to test, 11 to validate.
+holds out 5. Here a class has 1 to 15 training drawings, all equally likely, and 5 others are held out. (With --shots
+15 15, as in LEAP, all have 15.) 46 of 50 alphabets have at least 20 characters: 25 train, 10 test, 11 validate.
 The paper does not say how ModGrad is trained here. Ours trains through --steps 5, as LEAP's code does for its MAML, with
 the layers, step size and cells of the mini-ImageNet runs. (MAML is not in the figure.) Every algorithm is *tested* for 100
 steps. M starts at 0.0001 in the mean, with half of its entries 0, so until the cells have learned, steps do nothing.
@@ -32,7 +32,7 @@ This script keeps LEAP's network, its initialisation, and the random turns of al
 from LEAP's code in three things:
 - The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
   last training batch), and the accuracy is that on held-out drawings. (In the code `if self.train` asks whether a
-  method exists, which is always true: its test is of the training drawings, by running BatchNorm statistics.)
+  method exists, which is always true: it tests on training drawings, with running averages in BatchNorm.)
 - Each visit to an alphabet draws anew its characters, their numbering, and what is held out (in the code: once per
   run), and draws a step's images with replacement (in the code: each image nearly as often).
 - Strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).
@@ -128,11 +128,11 @@ class Alphabets:
         mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
             than N characters are left out; the others, sorted and shuffled with a fixed seed, are 25 for training, then 10 for
             testing, and those left for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split into characters that
-            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters,
-            starting at every second one; the first 52 are for training, 24 others each for validation and testing.
+            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters; one
+            starts at every second character. Characters 0 to 51 are for training, the next 24 for validation, then testing.
         shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
 
-    Alphabets take turns: in training in a new random order each time, else in a fixed one. With fewer steps a task is cut short.
+    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer steps: the same task, cut short.
     """
 
     def __init__(
@@ -451,7 +451,7 @@ def init_cell(params, args, default, name, n):
 # ------------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the loss on the step's batch as a function of it, and `clip` bounds a gradient. Each returns
-# what is adapted then. The text of the first two is that of modgrad.py.
+# the new `adapted`. The text of the first two is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -542,7 +542,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -797,11 +797,11 @@ def column(i):
 
 
 SHOTS_NAMES = ("LEAST", "MOST")
-SHOTS_HELP = "training drawings per class, any number from LEAST to MOST (P: 1 to 25, of 20; L: 15 15)"
+SHOTS_HELP = "training drawings per class, any number from LEAST to MOST (P: 1 to 25; L: 15 15)"
 STEPS_HELP = f"K, inner steps in training (L: 100, MAML 5): {column(0)}"
 ALPHA_HELP = f"their size (L: 0.1): {column(1)}"
 ADAPT_HELP = f"layers that the steps change, as conv4 head; or all: {column(2)}"
-ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
+ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 OUTER_HELP = f"outer optimiser (P: adam; L: sgd): {column(3)}"
 LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)}"
 

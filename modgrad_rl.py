@@ -6,7 +6,7 @@ The protocol is that of MAML (Finn et al., ICML 2017) and CAVIA (Zintgraf et al.
 The idea. A *task* is a goal that the policy is not told: a place to go to, a direction or a speed to run in. The policy
 acts (R *rollouts*), sees its rewards, makes an inner step of policy gradient, and acts again. Meta-learning finds
 parameters from which that one step helps most. The rollouts before the step are what the support set is in modgrad.py,
-and those after it are the query set. The second depend on the step, so all are drawn anew in every iteration.
+and those after it are the query set. The latter depend on the step, so both are drawn anew in every iteration.
 
 Inner step: policy gradient ("vanilla", REINFORCE), with generalised advantages over a linear baseline. Outer step: TRPO
 (Schulman et al., ICML 2015), the longest step along the natural gradient that changes the adapted policies by no more
@@ -31,10 +31,10 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
 The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
 entries and u = 5, as in the paper's regression; and for Eq. 9 the loss of the trial step on the same rollouts, corrected by
 the ratio of new to old probabilities, so that ModGrad uses no more rollouts than the others. The step size is 30, which makes
-the first steps about as long as MAML's. M starts at 0.0004 to 0.005 in kernels, where it is not 0, and at 0.02 in biases, so
-with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On the M of
-biases, which is no product, it made line searches fail: before Eq. 9 all tasks have v = 0 and so share what ReLU cuts off,
-and an outer step that takes one such entry past zero lets v jump in most tasks.
+the first steps about as long as MAML's. The entries of M that are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in
+biases, so with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On
+the M of biases, which is no product, it made line searches fail: at v = 0, before Eq. 9, ReLU zeroes the same entries in all
+tasks, and when an outer step makes one of them positive, v jumps in most tasks.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def make_world(args):
 
 
 def goals(world, args, split, first, count):
-    """Goals of tasks number first .. first + count - 1: of test and validation, the same for every run."""
+    """Goals of tasks number first .. first + count - 1; in test and validation they are the same for every run."""
     name = f"rl {args.env} {split} {args.seed if split == 'train' else None}"
     rows = [uniform(name, number, 2) for number in range(first, first + count)]
     return world.tasks(torch.from_numpy(np.array(rows)).float())
@@ -158,8 +158,7 @@ def linear(params, name, x):
 
 
 def forward(params, x, context=None):
-    """The policy: observations x (..., D), and beside each what is known of the task, context (C,) -> means of actions
-    (..., A)."""
+    """The policy: observations x (..., D), each joined with the task's context vector (C,) -> means of actions (..., A)."""
     if context is not None:
         beside = context.expand(*x.shape[:-1], -1)
         x = torch.cat([x, beside], -1)
@@ -169,7 +168,7 @@ def forward(params, x, context=None):
 
 
 def log_probability(mean, log_std, action):
-    """Log density of actions (..., A) under normals with means (..., A) and, for all alike, log deviations (A,) -> (...)."""
+    """Log density of actions (..., A) under normals with means (..., A) and shared log deviations (A,) -> (...)."""
     log_std = log_std.clamp(min=math.log(1e-6))
     z = (action - mean) / log_std.exp()
     normaliser = 0.5 * math.log(2 * math.pi)
@@ -291,7 +290,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8 has ReLU of an outer product, which a bias has not.
+    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -320,8 +319,8 @@ def policy_loss(params, adapted, rollouts):
     """Minus the mean over all steps of ratio * advantage: the ratio of an action's probability now to that when drawn.
 
     Where nothing has changed yet, its gradient is the policy gradient, E[advantage * grad log pi]; elsewhere it is still
-    an unbiased estimate, which Eq. 9 and TRPO need. (CAVIA's code has log pi in the inner step. That is the same step,
-    but a second derivative that misses a part of the return's; see Rothfuss et al., ICLR 2019.)
+    an unbiased estimate, which Eq. 9 and TRPO need. (CAVIA's code has log pi in the inner step. That gives the same
+    step, but its second derivative lacks a part of the return's; see Rothfuss et al., ICLR 2019.)
     """
     mean = forward(params | adapted, rollouts.observation, adapted.get("context"))
     log_std = (params | adapted)["log_std"]
@@ -331,7 +330,7 @@ def policy_loss(params, adapted, rollouts):
 
 
 def adapt(params, adapted, rollouts, args):
-    """ONE task, one inner step: what the policy lived through -> what is adapted then. Numbers: lines of Algorithm 1."""
+    """ONE task, one inner step: its rollouts -> the new `adapted`. Numbers in comments are lines of Algorithm 1."""
 
     def loss(adapted):
         return policy_loss(params, adapted, rollouts)
@@ -345,7 +344,7 @@ def adapt(params, adapted, rollouts, args):
 
 
 def adapted_policy(params, lived, args):
-    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy where it was then.
+    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy in the last ones.
 
     Returns means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
     (line 16).
@@ -583,7 +582,7 @@ def mean_kl(weight, old, new):
 def fisher_product(params, lived, args, flat):
     """The function v -> (J^T F J + damping) v, of a part of the tasks (--fisher-fraction).
 
-    This is the second derivative of KL, because its first derivative vanishes where nothing has changed.
+    This is the second derivative of KL, because KL's first derivative is 0 where nothing has changed.
     """
     every = max(1, round(1 / args.fisher_fraction))
     few = [pick(rollouts, slice(None, None, every)) for rollouts in lived]
@@ -713,13 +712,13 @@ def column(i):
 
 HORIZON_HELP = f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}"
 ALPHA_HELP = f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)"
-HALVE_HELP = "half the step size from the second update of a test on (C: with MAML; on for MAML, else off)"
+HALVE_HELP = "half the step size from the second update of a test on (C and ours: for MAML only)"
 ADAPT_HELP = f"what the step changes, as fc2 mean; or all: {column(1)}"
-CONTEXT_HELP = "length of v (128), of CAVIA's vector (5, C's; 50 for the half-cheetah, ours)"
-ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
+CONTEXT_HELP = "length of v (128) or of CAVIA's vector (C: 5; for the half-cheetah 50, ours)"
+ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 FISHER_HELP = (
-    "of the tasks, on which KL's curvature is computed (C: all; TRPO's paper: 0.1 of the steps). Its bound is kept on "
-    "all of them in any case"
+    "share of the tasks on which KL's curvature is computed (C: all; TRPO's paper: 0.1 of the steps). The bound on KL "
+    "holds on all of them in any case"
 )
 
 
@@ -778,7 +777,7 @@ def add_algorithm_flags(p):
         "--env", default="navigation", choices=HORIZON, help="what the tasks are (see Navigation, Cheetah)"
     )
     p.add_argument(
-        "--rollouts", type=int, default=20, help="R, for an update, and after it (P, C: 20; C at test: 40)"
+        "--rollouts", type=int, default=20, help="R, before an update, and after it (P, C: 20; C at test: 40)"
     )
     p.add_argument("--horizon", type=int, help=HORIZON_HELP)
     p.add_argument("--hidden", type=int, default=100, help="units of each of the two layers (P: 100)")

@@ -68,8 +68,8 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 EMBED_HELP = (
-    "where v comes from. support: the support images (P). query: in the query pass, the query images (C). Two are controls "
-    "of ours, blind to the task. constant: one learned vector. other: another task's images"
+    "where v comes from. support: the support images (P). query: in each pass, the images of that pass (C). Two are "
+    "controls of ours, blind to the task. constant: one learned vector. other: another task's images"
 )
 EMBEDDINGS = ("support", "query", "constant", "other")
 GENERATOR_HELP = "kml's M: an outer product (P, C), or a linear layer for all of each kernel's M"
@@ -213,11 +213,11 @@ def modulate(theta, omega, one=1):
 
     one = 0 is --no-residual: W * M, as in the released code. Kernels then start about 100 times smaller, which
     has two effects. First, the outputs of the convolutions have a variance near 1e-6, below BatchNorm's epsilon
-    of 1e-5. They are not normalised to a deviation of 1, but to 0.2 to 0.5 in the median channel, so the size of
+    of 1e-5. After BatchNorm, the median channel has a deviation of 0.2 to 0.5 and not of 1, so the size of
     a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
     --distance-scale are controls for this.) Second, a step of encoder and generator changes the kernel about 100
-    times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (A step of
-    W does not, because M multiplies it.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
+    times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (Steps of
+    W do not, because M scales them down too.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
     """
     modulated = theta | omega
     for key, change in omega.items():
@@ -264,7 +264,7 @@ def init_params(args):
         for l, c_in, c_out in layers:
             for name, outputs in generator_sizes(args, l, c_in, c_out).items():
                 default(f"generator.{name}", outputs, EMBEDDING)
-        if args.embed == "constant":  # about as long as the encoder's v at its start
+        if args.embed == "constant":  # its norm is about that of the encoder's first v
             params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 4
         else:
             for l, c_in, c_out in layers:
@@ -316,7 +316,7 @@ def task_loss(params, task, args, evaluate=False):
 
     logits = classify()
     loss = F.cross_entropy(logits, task.query_y)  # 8: loss on Q
-    if not evaluate or args.transductive or args.embed == "query":  # with these, queries see each other
+    if not evaluate or args.transductive or args.embed == "query":  # queries set v or prototypes
         return loss, logits
     return loss, logits, classify(stats)
 
@@ -338,7 +338,7 @@ class BlindTask(NamedTuple):
 class BlindEpisodes(Episodes):
     """Episodes whose tasks come with the support images of another task, of any mode (rarely, of the same one).
 
-    The other task is drawn at random from the block of the first: BLOCK = 256 tasks of each mode.
+    The other task is drawn at random from the task's own block: BLOCK = 256 tasks of each mode.
     """
 
     def tasks(self, first, count):
@@ -405,7 +405,7 @@ def evaluate(params, episodes, count, args):
     """Accuracies in % of the first `count` tasks -> array (2, count).
 
     Row 0 is by the paper's protocol, where a prediction depends on the other queries; row 1 is inductive, and
-    is missing where queries see each other (--transductive, --embed query).
+    is missing where queries set v or prototypes (--transductive, --embed query).
     """
     accuracies = []
     starts = range(0, count, 20)  # 20 tasks at a time: enough to fill a GPU

@@ -23,15 +23,15 @@ is uncertain, and so is what counts as neutral. Intervals therefore come from re
 anew each time. Where s is not certainly negative (a lower loss, a higher accuracy), there is no neutral zone, and only the
 share with LR < 1 is given.
 
-What can be compared between two networks? alpha is chosen for each state in the same way: a step on a target itself takes its
-loss to 0.95 in the median, on validation tasks. (One step cannot take every network's loss there: see --self-transference.)
---sweep shows how the shares depend on alpha. But the step that is made is a source's, alpha times *its* gradient, which is
-short where a network fits its training tasks well; then transfer looks neutral. So two more things are printed: LR(i -> i) of
-the source tasks; and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1
-becomes when alpha goes to 0. Intervals are over tasks, of one trained network each. They say nothing about other training runs
-of the same method, or about other alphas.
+What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
+task itself takes its loss to 0.95 of what it was, in the median. (One step cannot take every network's loss there: see
+--self-transference.) --sweep shows how the shares depend on alpha. But a source's step is alpha times *its* gradient. Where a
+network fits its training tasks well, this is short, and transfer looks neutral. So two more things are printed: LR(i -> i) of
+the source tasks; and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1 becomes
+when alpha goes to 0. Intervals are over the tasks, for one trained network. They say nothing about other training runs of the
+same method, or about other alphas.
 
-This is a measurement on the networks of mprotonet.py, so it imports that script, as no training script does.
+This is a measurement on the networks of mprotonet.py, so it imports that script; no training script imports another.
 Run:  python mprotonet.py --synthetic --quick --modes miniimagenet fc100 --keep-every 110 --out runs/example
       python transference.py --checkpoint runs/example --source-tasks 60 --target-tasks 10 --out runs/example
 """
@@ -84,7 +84,7 @@ USUAL = {  # flags of mprotonet.py that a label does not repeat
 
 
 def gradient(params, task, options, update):
-    """Of the task's query loss -> dict over what `update` names: all parameters, or the base network's."""
+    """The query loss's gradient -> dict over what `update` names: all parameters, or the base network's."""
     moving = params if update == "all" else mprotonet.group(params, "base")
 
     def loss(moved):
@@ -175,7 +175,7 @@ def self_transference(state, batch, alphas, update):
 
 
 def choose_alpha(state, batch, update, level):
-    """The smallest step size at which the median self-transference of the batch is `level`, to 5 %.
+    """The smallest step size (found to 5 %) at which the median self-transference of the batch is `level`.
 
     Larger steps overshoot: the loss of a target falls and rises again. So the search goes upwards in powers of two, from
     an eighth of the step at which a loss that fell in a straight line would reach the level; then it is refined twice.
@@ -372,8 +372,8 @@ def export(state, folder):
 def neutral_band(ratios, gains):
     """Half width b of the neutral zone |LR - 1| < b, and the slope that it follows from, for arrays (I, J).
 
-    The slope is that of gain (points) on LR - 1, each target (column) about its own mean. Where no gain goes with the
-    loss: inf, 0.
+    The slope is that of gain (points) on LR - 1, each target (column) about its own mean. If the slope is 0:
+    inf, 0.
     """
     x = ratios - ratios.mean(0)
     y = gains - gains.mean(0)
@@ -567,7 +567,7 @@ def matrix_table(row):
 
 
 def names(episodes, number):
-    """Of the classes of a task."""
+    """Names of the classes of a task."""
     classes, *_ = episodes.indices(0, number, 1)
     return ", ".join(episodes.class_names[0][c] for c in classes[0])
 
@@ -683,7 +683,7 @@ def matrix(args, state):
 def trajectories(args, runs, experiment):
     """Figure 2: LR of source tasks to the first target at every kept state.
 
-    Returns {method: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are source tasks, at half.
+    Returns {method: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are numbers of source tasks, at half.
     """
     target = some(experiment.targets, 1)
     found = {}
@@ -718,7 +718,7 @@ def check_runs(runs):
         if other.folder != state.folder:
             refuse_namesakes(other, state)
         if state.folder.is_dir() and not (state.folder / "result.json").exists():
-            meant = f"half and final are of the {state.of:,} iterations that there are"
+            meant = f"half and final refer to its {state.of:,} iterations so far"
             print(f"note: {state.folder} is not finished; {meant}", file=sys.stderr)
 
 
@@ -764,7 +764,7 @@ UPDATE_HELP = "what the step changes: all meta-parameters, or the base network a
 LEVEL_HELP = "with --alpha auto: the median LR(j -> j) of validation targets"
 SWEEP_HELP = f"the shares at {', '.join(map(str, SWEEP))} times alpha too"
 ALONG_HELP = "also LR of source tasks at every kept state of training (Fig. 2)"
-SEED_HELP = "of the source tasks: not a run's, whose tasks it has trained on"
+SEED_HELP = "of the source tasks; a run's own seed would give the tasks that it has trained on"
 OUT_HELP = "folder of transference.json and the figures"
 EXPORT_HELP = "only write the states there, in half precision, each as one file"
 
@@ -841,7 +841,7 @@ def chosen_states(args):
 
 
 def add_differences(found, measured):
-    """Add to each row how it differs from the later ones of the same moment."""
+    """Add to each row its difference from each earlier one of the same moment."""
     for j, two in enumerate(found):
         for i in range(j + 1, len(found)):
             one = found[i]
