@@ -11,24 +11,24 @@ characters, birds, photographs). So a second, small network looks at the support
     W-hat = W * (1 + M(v))      b-hat = b + db(v)       M(v) = outer(g1(v), g2(v)), reshaped like W
 The 1 makes M a residual: W holds what all modes share, M says how this task departs from it, and where M is
 0, W is used as it is. FiLM, in mmaml.py, has one factor per output channel, so it can only turn a filter up or
-down; KML can turn it into another filter. (One factor for all entries of a filter would have no effect here: the
-BatchNorm that follows the convolution divides it out. This is why FiLM stands after BatchNorm.)
+down; KML can turn it into another filter. (One positive factor for all entries of a filter would have no effect here:
+the BatchNorm that follows the convolution divides it out. This is why FiLM stands after BatchNorm.)
 With the outer product the generator has 329,595 parameters; with an output of its own for each kernel entry it
-would have 50.1 million. The outer product limits M: seen as a C_out x 9 C_in matrix, M has rank 1 in layer 1
-(all filters get the same pattern of 27 entries, scaled by a factor per filter) and rank 3 in layers 2 to 4.
+would have 50.1 million. The outer product limits M: as a C_out x 9 C_in matrix it has rank 1 in layer 1 (one
+pattern of 27 entries, times a factor per filter) and rank 3 in layers 2 to 4 (a factor per third of a filter).
 
 The inner loop adapts theta *under* a fixed M: the network of each step is modulate(theta, omega). Algorithm 2
-shows no inner loop. MMAML's and KML's released codes both modulate inside the forward pass; with KML's modulation
-in MMAML's code, it is theta that the inner loop adapts. A step of theta then moves an entry of W-hat by
-(1 + M)^2 times the step that the gradient at this entry of W-hat would make. --adapt modulated reads the
-algorithm's lines 7 and 8 the other way: the steps change W-hat itself.
+shows no inner loop. Both released codes modulate inside the forward pass: KML's modulation, put into MMAML's
+code, leaves theta to the inner loop. A step of theta then moves an entry of W-hat (1 + M)^2 times as far as a step
+on W-hat itself would. --adapt modulated reads the algorithm's lines 7 and 8 the other way: there the steps change
+W-hat itself.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
 again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
 Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of one iteration are all different; both codes draw them with replacement, which gives about
-8 different tasks in 10. --no-norm-affine and --repeat-tasks do as those codes do.
+none. And the tasks of one iteration are all different; both codes draw them with replacement from a batch of tasks,
+so that of 10 about 2 are repeats. --no-norm-affine does as MMAML's code, --repeat-tasks as both.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -78,7 +78,7 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itself (C: theta)"
-REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
+REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -322,7 +322,7 @@ def evaluate(params, episodes, count, args):
 def summary(per_task, modes):
     """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
+    Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """
     found = {"overall": None}
     means, variances = [], []
@@ -506,7 +506,7 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        result = run.result(**same)  # of an earlier call on the same test tasks, or None
         if result is None:
             result = measure(params, test, args, run)
         report(result, args)

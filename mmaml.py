@@ -10,19 +10,19 @@ characters, birds, photographs). So MMAML's second, small network looks at the s
 task by 128 numbers v, and makes from v a scale and a shift for each channel of each layer:
     Y-hat_i = (1 + scale_i(v)) * Y_i + shift_i(v)       Y_i: channel i of a layer, after BatchNorm
 With the 1, a scale and a shift of 0 leave the network as it is. A scale turns a whole filter up or down. (Without
-BatchNorm it would be the same as one factor for all 9 * C_in entries of kernel i: the KML paper's Eq. 5.) In
+BatchNorm this equals one factor on all 9 * C_in entries of kernel i: the KML paper's Eq. 5.) In
 kml.py each entry has its own factor.
 
 The inner loop adapts theta *under* a fixed scale and shift. With --adapt modulated, the steps change these too.
-FiLM has to come *after* BatchNorm. Right behind the convolution, BatchNorm would undo it: it subtracts the
-shift with the channel's mean, and divides the scale out with the channel's deviation.
+FiLM has to come *after* BatchNorm. Before BatchNorm it would be undone: the channel's mean would contain the
+shift, its deviation the (positive) scale, and BatchNorm removes both.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
 again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
 Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of one iteration are all different; both codes draw them with replacement, which gives about
-8 different tasks in 10. --no-norm-affine and --repeat-tasks do as those codes do.
+none. And the tasks of one iteration are all different; both codes draw them with replacement from a batch of tasks,
+so that of 10 about 2 are repeats. --no-norm-affine does as MMAML's code, --repeat-tasks as both.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -72,7 +72,7 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 ADAPT_HELP = "what inner steps change: theta alone, or FiLM's scale and shift too (C: theta)"
-REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
+REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -303,7 +303,7 @@ def evaluate(params, episodes, count, args):
 def summary(per_task, modes):
     """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
+    Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """
     found = {"overall": None}
     means, variances = [], []
@@ -487,7 +487,7 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        result = run.result(**same)  # of an earlier call on the same test tasks, or None
         if result is None:
             result = measure(params, test, args, run)
         report(result, args)

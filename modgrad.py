@@ -639,7 +639,7 @@ def evaluate(params, episodes, count, args):
 def summary(per_task, modes):
     """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
+    Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """
     found = {"overall": None}
     means, variances = [], []
@@ -890,7 +890,7 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        result = run.result(**same)  # of an earlier call on the same test tasks, or None
         if result is None:
             result = measure(params, test, args, run)
         report(result, args)

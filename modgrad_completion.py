@@ -604,7 +604,7 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        result = run.result(**same)  # of an earlier call on the same test tasks, or None
         if result is None:
             result = measure(params, test, args, run)
         report(result, args)

@@ -78,7 +78,7 @@ INIT_SCALE_HELP = (
     "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
 )
 DISTANCE_SCALE_HELP = "logits are minus this times the squared distances (P, C: 1)"
-REPEAT_HELP = "draw an iteration's tasks with replacement (off; C: on, in testing too)"
+REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -420,7 +420,7 @@ def evaluate(params, episodes, count, args):
 def summary(per_task, modes):
     """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
-    Modes are strata: overall is the mean of their means, its 95 % interval 1.96 sqrt(sum_m s_m^2 / n_m) / M.
+    Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """
     found = {"overall": None}
     means, variances = [], []
@@ -621,7 +621,7 @@ def main():
         train(params, args, run)
     if run.finished():
         same = {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
-        result = run.result(**same)  # of an earlier call, if it was of the same test tasks
+        result = run.result(**same)  # of an earlier call on the same test tasks, or None
         if result is None:
             result = measure(params, test, args, run)
         report(result, args)
