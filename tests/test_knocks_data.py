@@ -416,8 +416,11 @@ def test_a_killed_decoding_process_ends_with_one_line(tmp_path):
         if victim is None:
             pytest.skip("one core: images are decoded in the process itself")
         os.kill(victim, signal.SIGKILL)
-        _, err = parent.communicate(timeout=120)
-    assert parent.returncode == 2
+        try:
+            _, err = parent.communicate(timeout=120)
+        finally:
+            parent.kill()  # where it hangs, the test fails and does not hang too
+    assert parent.returncode == 2, err
     assert "was killed" in err
     assert "Traceback" not in err
     done = subprocess.run([sys.executable, script], check=False, timeout=250, **options)
