@@ -250,19 +250,31 @@ def decoded_jobs(jobs, size, mode, banner, temporary):
         return
     with without_main():
         context = multiprocessing.get_context("spawn")  # Pillow decodes WebP on one thread at a time
+        others = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
         try:
             for chunk in chunks(jobs, size, mode, banner, temporary):
                 parts = [chunk[i : i + 32] for i in range(0, len(chunk), 32)]
-                for part in pool.map(decode_all, parts):
+                for part in decoded_in(pool, parts):
                     yield from part
         except concurrent.futures.BrokenExecutor:
+            # The pool ends its processes when one is killed, but not one that it is just starting, and then waits for it.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             fail(
                 f"{mode}: a process that decodes images was killed, perhaps for want of memory: "
                 "end other programs, and give the same command again"
             )
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decoded_in(pool, parts):
+    """Hand parts of a chunk to the pool, which starts its processes only now -> iterator of lists of Decoded."""
+    try:
+        return pool.map(decode_all, parts)
+    except (OSError, ValueError) as error:  # no process can be started, or a pipe was closed because another was killed
+        raise concurrent.futures.BrokenExecutor from error
 
 
 def chunks(jobs, size, mode, banner, temporary):
