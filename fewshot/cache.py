@@ -273,7 +273,10 @@ def decoded_in(pool, parts):
     """Hand parts of a chunk to the pool, which starts its processes only now -> iterator of lists of Decoded."""
     try:
         return pool.map(decode_all, parts)
-    except (OSError, ValueError) as error:  # no process can be started, or a pipe was closed because another was killed
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no process can be started, or a pipe was closed because another was killed
         raise concurrent.futures.BrokenExecutor from error
 
 
