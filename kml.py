@@ -78,6 +78,9 @@ PROTOCOLS = {
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itself (C: theta)"
+EMBED_HELP = (
+    "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
+)
 REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
 
 
@@ -134,7 +137,13 @@ def forward(params, x, stats=None):
 
 
 def encode_task(params, support_x):
-    """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label."""
+    """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
+
+    With --embed constant v is a parameter, the same for all tasks. If modulation still helps then, this comes from
+    another parametrisation of the same weights, and not from knowledge of the task.
+    """
+    if "encoder.constant" in params:
+        return params["encoder.constant"]
     order = support_x.sum((1, 2, 3)).argsort()
     x = support_x[order]  # floating-point sums depend on the order of the images, and v must not
     encoder = group(params, "encoder")
@@ -216,6 +225,9 @@ def init_params(args):
         for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
+    if args.embed == "constant":  # its norm is about that of the encoder's first v
+        params = {k: w for k, w in params.items() if not k.startswith("encoder.")}
+        params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 4
     return params
 
 
@@ -477,6 +489,7 @@ def add_algorithm_flags(p):
     p.add_argument(
         "--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (off; C: on)"
     )
+    p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")
@@ -493,6 +506,8 @@ def check(args, defaults):
     """Exit if flags contradict each other."""
     if args.adapt == "modulated" and args.modulation == "none":
         fail("--adapt modulated --modulation none: plain MAML has nothing modulated; leave one of them out")
+    if args.embed == "constant" and args.modulation == "none":
+        fail("--embed constant --modulation none: plain MAML has no v; leave one of them out")
 
 
 def main():

@@ -268,6 +268,7 @@ def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
         ("--seed 99999999999999999999999", "--seed"),
         ("--device cuda:99", "choose from cpu"),
         ("--adapt modulated --modulation none", "plain MAML has nothing modulated"),
+        ("--embed constant --modulation none", "plain MAML has no v"),
     ],
 )
 def test_bad_arguments(capsys, words, said):

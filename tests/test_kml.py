@@ -455,6 +455,25 @@ def test_what_the_inner_loop_adapts(module, modulation, adapt):
         torch.testing.assert_close(found, torch.autograd.grad(wanted, params["encoder.linear.weight"])[0])
 
 
+@pytest.mark.parametrize("module, modulation", MODULATED_MAML)
+def test_a_constant_embedding_knows_nothing_of_the_task(module, modulation):
+    """--embed constant: one learned v for all tasks; base network and generator start as they do without it."""
+    args, params = make_params(module, modulation, "--embed", "constant")
+    task, other = make_task(), make_task(seed=1)
+    assert torch.equal(
+        module.encode_task(params, task.support_x), module.encode_task(params, other.support_x)
+    )
+    loss, _ = module.task_loss(params, task, args)
+    gradient = torch.autograd.grad(loss, params["encoder.constant"])[0]
+    assert gradient.abs().max() > 0
+    _, informed = make_params(module, modulation)
+    for key, w in params.items():
+        assert key == "encoder.constant" or torch.equal(w, informed[key])
+    assert not any(key.startswith("encoder.conv") for key in params)
+    first = module.encode_task(informed, task.support_x).norm()
+    assert 0.5 < params["encoder.constant"].norm() / first < 2
+
+
 def test_a_step_of_theta_under_m_is_a_step_of_the_kernels_by_the_square_of_1_plus_m():
     """kml.py's docstring; and with M of 0.3 the two readings of --adapt do not predict the same."""
     args, params = make_params(kml, "kml", "--inner-steps", 1, "--inner-lr", 0.1)

@@ -240,8 +240,22 @@ def test_quick_is_a_preset_that_flags_override(monkeypatch):
 
 
 VARIANTS = {  # flags that make another run than the paper's
-    kml: ("--no-norm-affine", "--adapt modulated", "--repeat-tasks", "--inner-lr 0.5", "--image-size 28"),
-    mmaml: ("--no-norm-affine", "--adapt modulated", "--repeat-tasks", "--inner-lr 0.5", "--image-size 28"),
+    kml: (
+        "--no-norm-affine",
+        "--adapt modulated",
+        "--embed constant",
+        "--repeat-tasks",
+        "--inner-lr 0.5",
+        "--image-size 28",
+    ),
+    mmaml: (
+        "--no-norm-affine",
+        "--adapt modulated",
+        "--embed constant",
+        "--repeat-tasks",
+        "--inner-lr 0.5",
+        "--image-size 28",
+    ),
     mprotonet: (
         "--no-residual",
         "--embed query",
