@@ -1,15 +1,15 @@
-"""Attentive feature reuse: a network that weighs its own feature maps, task by task. AM and P-AM; and MAML and ANIL.
+"""Attentive feature reuse: a network that weights its own feature maps, task by task. AM and P-AM; and MAML and ANIL.
 
 Paper: Lekkala and Itti: Attentive Feature Reuse for Multi Task Meta learning, 2020, arXiv:2006.07438.
 
 The idea. Several *high-level tasks* (classify, estimate depth, normals, a vanishing point) share one backbone, and each
 has a head of its own. A *subtask* is a few-shot problem within one of them: classes never seen, or a domain never seen.
-ANIL adapts the head alone to a subtask (Eq. 2). The attention module h then looks at the support set as the backbone sees
+ANIL adapts the head alone to a subtask (Eq. 2). The attention module h looks at the support set as the backbone sees
 it, and at its labels, and says which feature maps this subtask does not need:
     w = h(x, y)          activations of every block <- (1 - w) * activations, in a second forward pass
 The backbone learns from the pass without w (Eq. 4), h from the pass with it (Eq. 5), in which the backbone is held fixed.
-P-AM makes w a Gaussian. In training w is drawn as the query set with its labels suggests it (q), and the Gaussian that
-the support set suggests (p) is pulled towards q; at test there is only p.
+P-AM makes w a Gaussian. In training w is drawn from q, the Gaussian that h makes of the query set and its labels; and p,
+the Gaussian that h makes of the support set, is pulled towards q. At test w is the mean of p.
 
     paper          here                        shape or keys                     where
     Phi            group(params, "backbone")   conv{l} norm{l}                   B = 4 blocks of C filters
@@ -21,13 +21,13 @@ the support set suggests (p) is pulled towards q; at test there is only p.
     beta, gamma    --lr, --attention-lr        Adam's                            Eq. 4, 5
     D_train/test   task.support_*, .query_*    (n, 3, S, S) ...                  the paper's "train" and "test" of a subtask
 
-Read it beside modgrad.py: there the gradient is weighed, here the feature maps.
+Read it beside modgrad.py: there the gradient is weighted, here the feature maps.
 Run:  python afr.py --synthetic --quick     about two minutes on two CPU cores, no download; prints accuracies
       python afr.py --tasks classification depth normals vanishing --modes scenes        ray-cast scenes, no download
       python -m tools.attention_report RUN        the paper's Figure 3, of a finished run
 
 What the paper leaves open, and the reason for each value of ours: docs/protocol.md, "Attentive feature reuse".
-Left out: BMAML, EMAML and the other rows of Table 2 that are of other papers; the MMT data, never released.
+Left out: BMAML, EMAML and the other rows that Table 2 takes from other papers; the MMT data, never released.
 """
 
 import argparse
@@ -70,7 +70,7 @@ QUICK = {"image_size": 28, "iterations": 250, "test_tasks": 240}
 ALPHA = {"classification": 0.1, "depth": 0.01, "normals": 0.003, "vanishing": 0.001}  # of the head alone
 LOSS_WEIGHTS = {"classification": 1.0, "depth": 10.0, "normals": 10.0, "vanishing": 10.0}
 DECODER = {"depth": (4, 1), "normals": (8, 3)}  # filters of a decoder's blocks, channels of its output
-LEAST = {"image_size": 16, "attention_blocks": 1, "attention_width": 1}  # of numbers
+LEAST = {"image_size": 16, "attention_blocks": 1, "attention_width": 1}  # smallest values of these flags
 LABEL_FILTERS = 4  # of the CNN that makes a vector of a label image
 
 
@@ -80,7 +80,7 @@ LABEL_FILTERS = 4  # of the CNN that makes a vector of a label image
 class MetaTasks:
     """Subtasks of J high-level tasks, which take turns: task g is subtask g // J of high-level task g mod J.
 
-    Args: args, the flags, among them tasks, J of KINDS; split. `domains`: {kind: number of domains that take turns}.
+    args: the flags; args.tasks: J of KINDS; split: as for `Episodes`. `domains`: {kind: number of domains that take turns}.
     """
 
     def __init__(self, args, split):
@@ -104,7 +104,7 @@ class MetaTasks:
         return [sampler.tasks(first // J, count // J) for sampler in self.of]
 
     def sha256(self, count):
-        """A hash of the first `count` tasks; of one high-level task, that of its sampler."""
+        """A hash of the first `count` tasks; for a single high-level task, its sampler's hash."""
         hashes = [sampler.sha256(count // len(self.of)) for sampler in self.of]
         if len(hashes) == 1:
             return hashes[0]
@@ -184,7 +184,7 @@ def label_vectors(params, kind, y, args):
         return (y[:, None] == classes).to(params["conv1.weight"].dtype)
     if kind == "vanishing":
         return y
-    y = y.clamp(min=0)  # -1 is: not known
+    y = y.clamp(min=0)  # -1 means not known
     for i in (1, 2, 3):
         y = F.leaky_relu(conv(params, f"attention.{kind}.label{i}", y), 0.1)
         y = F.max_pool2d(y, 2)
@@ -194,14 +194,14 @@ def label_vectors(params, kind, y, args):
 def attention(params, kind, x, y, args):
     """h_Psi: embeddings (n, C, s, s) and labels of n samples -> w (1, B, C); P-AM: mean and log deviation (2, B, C).
 
-    Blocks of dot-product attention (Vaswani et al., 2017) among the samples, each fed to the next, as in a perceptron.
+    Blocks of dot-product attention (Vaswani et al., 2017) among the samples; each block feeds the next.
     The order of the samples does not matter.
     """
     name = f"attention.{kind}"
     if args.embed == "constant":  # blind to the subtask
         return params[f"{name}.out.bias"].view(-1, 4, args.filters)
     labels = label_vectors(params, kind, y, args)
-    tokens = torch.cat([x.mean((2, 3)), labels], 1)  # (n, C + label's)
+    tokens = torch.cat([x.mean((2, 3)), labels], 1)  # (n, C + label width)
     for i in range(1, args.attention_blocks + 1):
         q = linear(params, f"{name}.block{i}.query", tokens)
         k = linear(params, f"{name}.block{i}.key", tokens)
@@ -227,7 +227,7 @@ class Draw:
         self.rng = torch.Generator().manual_seed(seed)
 
     def default(self, name, *shape):
-        """As PyTorch's own layers: uniform within 1 / root of the number of inputs."""
+        """Like PyTorch's own layers: uniform within +-1 / sqrt(number of inputs)."""
         root = math.sqrt(math.prod(shape[1:]))
         weight = torch.rand(shape, generator=self.rng)
         bias = torch.rand(shape[0], generator=self.rng)
@@ -260,7 +260,7 @@ def init_params(args):
         draw.xavier(f"conv{l}", widths[l], widths[l - 1], 3, 3)
         params[f"norm{l}.scale"] = torch.ones(widths[l])
         params[f"norm{l}.shift"] = torch.zeros(widths[l])
-    for kind in args.tasks:  # each has a generator of its own, and so has each seed
+    for kind in args.tasks:  # each has a generator of its own, which differs from seed to seed
         draw = Draw(params, 1_000_003 * args.seed + 1 + KINDS.index(kind))
         init_head(draw, kind, args)
         if args.modulation != "none":
@@ -290,7 +290,7 @@ def init_head(draw, kind, args):
 
 
 def init_attention(draw, kind, args):
-    """Add the attention module of a high-level task. Its last layer starts at zero, so w does."""
+    """Add the attention module of a high-level task. Its last layer starts at zero, and so does w's mean."""
     name = f"attention.{kind}"
     maps = 4 * args.filters
     bias = torch.zeros(maps)
@@ -359,7 +359,7 @@ def adapt(params, task, args, kind, w=None):
 
 
 def moves(key, kind, deep):
-    """Whether the inner loop changes a parameter: those of this task's head, and if `deep` all but heads."""
+    """Whether the inner loop changes a parameter: one of this task's head, or, if `deep`, one of no head."""
     return key.startswith(f"head.{kind}.") if key.startswith("head.") else deep
 
 
@@ -399,7 +399,7 @@ def task_loss(params, task, args, kind, epsilon=None):
 
 
 def outputs_of_test(params, task, args, kind, w=None):
-    """ONE subtask in testing (Fig. 4c, 4e): w is made from the support set, unless given; then the inner loop adapts.
+    """ONE subtask in testing (Fig. 4c, 4e): w, unless it is given, is made from the support set. After that the inner loop adapts.
 
     Returns query outputs by both protocols; for classification also those of NIL, by the parameters before the inner loop.
     """
@@ -556,7 +556,7 @@ def summary(per_task, modes, domains):
     """Measures of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}.
 
     Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
-    domains: {mode: how many}, see `units`; a mode with few of them has Student's t in place of 1.96.
+    domains: {mode: how many}, see `units`; a mode with several of them has Student's t in place of 1.96.
     """
     found = {"overall": None}
     means, variances = [], []
@@ -577,7 +577,7 @@ def interval(mean, variance):
 
 
 def measured(rows, args, episodes):
-    """Measures of tasks, a row for each of KEYS -> {key: summary}, without "overall" where high-level tasks are several."""
+    """Measures of tasks, a row for each of KEYS -> {key: summary}, without "overall" if there are several high-level tasks."""
     found = {}
     for key, row in zip(KEYS, rows):
         found[key] = summary(row, args.strata, episodes.domains)
@@ -647,8 +647,8 @@ def train(params, args, run):
 
 
 def log(params, batches, epsilon, args, run, validate):
-    """Write a log line: mean loss and measure of each mode or task since the last one, gradient norms."""
-    losses, found = run.observed().unbind(1)  # both (iterations, T)
+    """Write a log line: mean loss and measure of each mode or task since the last line, gradient norms."""
+    losses, found = run.observed().unbind(1)  # both (iterations, tasks)
     turn = run.turns(losses.shape, len(args.strata))
     each, shown = {}, {}
     for m in turn.unique():  # a short stretch may lack a mode
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on test classes of data sets not trained on -> {mode: the keys that result.json has of its own}."""
+    """--transfer: evaluate on test classes of data sets not trained on -> {mode: the keys that result.json has for its own tasks}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -683,7 +683,7 @@ def transfer(params, args):
 
 
 def made_of(test, args):
-    """What test tasks are made of: a hash of them, and names of the images."""
+    """What test tasks are made of: a hash of them, and the names of the image folders."""
     return {"tasks_sha256": test.sha256(args.test_tasks), "data": test.folders}
 
 
@@ -742,13 +742,15 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "data sets (miniimagenet; other --tasks: scenes, ray-cast, or a folder of yours with depth)"
-ALPHA_HELP = f"their size, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
+MODES_HELP = "data sets (default: miniimagenet; for other --tasks scenes, which are ray-cast; or a folder of yours with depth)"
+ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "the head of Eq. 5 adapts to maps with w (modulated) or without (plain)"
 WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
-EMBED_HELP = "w is of the support set (P), or one learned vector for all subtasks: a control that the paper does not have"
+EMBED_HELP = (
+    "w comes from the support set (P), or is one learned vector, a control that the paper does not have"
+)
 
 
 def get_args(argv=None):
@@ -767,7 +769,7 @@ def get_args(argv=None):
     check_typed(args)
     alone = args.tasks == ["classification"]
     fill(args, defaults, usual(args))
-    defaults["modulation"] = None  # so that a title and a folder name it
+    defaults["modulation"] = None  # so that title and folder mention it
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.transfer = [canonical_mode(mode, args.data_root) for mode in args.transfer]
     check(args)
@@ -799,9 +801,7 @@ def add_algorithm_flags(p):
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
-    p.add_argument(
-        "--queries", type=int, default=15, help="Q, queries per class; a domain has N*K and N*Q images"
-    )
+    p.add_argument("--queries", type=int, default=15, help="Q, queries per class; in a domain, N*Q in all")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
     p.add_argument("--steps", type=int, default=5, help="inner steps, in training and testing")
@@ -822,7 +822,7 @@ def add_algorithm_flags(p):
 
 
 def usual(args):
-    """What is not typed has its default by algorithm and --tasks."""
+    """Defaults, by algorithm and --tasks, of the flags that were not typed."""
     return {
         "modulation": "none" if args.algorithm == "maml" else "am",
         "modes": ["miniimagenet"] if args.tasks == ["classification"] else ["scenes"],
@@ -846,7 +846,7 @@ def check_typed(args):
     if len(set(args.tasks)) < len(args.tasks):
         fail(f"--tasks names one twice: {' '.join(args.tasks)}")
     if args.algorithm == "maml" and args.modulation not in (None, "none"):
-        remedy = "the attention modules stand on ANIL; leave one of them out"
+        remedy = "the attention modules build on ANIL; leave one of the two flags out"
         fail(f"--algorithm maml --modulation {args.modulation}: {remedy}")
 
 
@@ -858,7 +858,7 @@ def check(args):
         in_range = all(0 <= x < math.inf for x in values)
         if len(values) != len(args.tasks) or not in_range:
             typed = f"--{key.replace('_', '-')} {' '.join(map(str, values))}"
-            fail(f"{typed}: give a number from 0 on for each of --tasks {tasks}")
+            fail(f"{typed}: give 0 or more for each of --tasks {tasks}")
     for key in ("test_tasks", "val_tasks"):
         count = getattr(args, key)
         if count % len(args.tasks):
@@ -866,9 +866,9 @@ def check(args):
             fail(f"--{flag} {count}: give a multiple of {len(args.tasks)}, the number of --tasks")
     cast = "scenes" in args.modes
     if len(args.modes) > 1 and (cast or args.tasks != ["classification"]):
-        fail(f"--modes {' '.join(args.modes)}: with --tasks {tasks} give one")
+        fail(f"--modes {' '.join(args.modes)}: only classification of photographs has several; give one")
     if args.transfer and "classification" not in args.tasks:
-        fail("--transfer is about classification: have it in --tasks")
+        fail("--transfer is about classification: add it to --tasks")
     if args.transfer and cast:
         fail("--transfer: from ray-cast scenes to another data set is not offered; leave it out")
     if args.embed == "constant" and args.modulation == "none":
@@ -886,7 +886,7 @@ def data_name(args):
 def main():
     args = get_args()
     if args.device == "cpu":
-        torch.set_num_threads(1)  # run_tasks has subtasks side by side instead
+        torch.set_num_threads(1)  # run_tasks runs subtasks side by side instead
     test = MetaTasks(args, "test")
     run = Run(args, test)
     params = run.params(init_params(args))

@@ -38,7 +38,7 @@ from fewshot.task import Task
 class Episodes:
     """Draws tasks from one or several modes.
 
-    Task number g is task number g // M of mode g mod M: modes take turns. (In the released code, only on average.)
+    Task number g is task number g // M of mode g mod M: modes take turns. (In MMAML's released code, they do so only on average.)
 
     Args:
         modes: names of the M modes. split: "train", "val" or "test". ways, shots, queries: N, K, Q. image_size: S, pixels.
@@ -169,7 +169,7 @@ class Episodes:
         return pixels
 
     def repeated(self, iteration, count):
-        """Draw the tasks of a training iteration as MMAML's and KML's released code does -> as `tasks`.
+        """Draw the tasks of a training iteration as MMAML's and KML's released code does -> what `tasks` returns.
 
         There, each of the M modes loads T = `count` tasks, of which T / M are drawn *with replacement*.
         """

@@ -75,7 +75,7 @@ ADAPT_HELP = "what inner steps change: theta alone, or FiLM's scale and shift to
 EMBED_HELP = (
     "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
 )
-REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
+REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, test tasks too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -466,7 +466,9 @@ def add_algorithm_flags(p):
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P, C: 1 and 5)")
     p.add_argument("--queries", type=int, default=15, help="Q, query images per class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
-    p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next layer (C: 32)")
+    p.add_argument(
+        "--channels", type=int, default=32, help="of layer 1, doubled in each layer after it (C: 32)"
+    )
     p.add_argument(
         "--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (off; C: on)"
     )
@@ -494,7 +496,7 @@ def check(args, defaults):
 def main():
     args = get_args()
     if args.device == "cpu":
-        torch.set_num_threads(1)  # run_tasks has tasks side by side instead
+        torch.set_num_threads(1)  # run_tasks runs tasks side by side instead
     test = Episodes.of(args, "test")
     run = Run(args, test)
     params = run.params(init_params(args))

@@ -431,7 +431,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -854,7 +854,7 @@ def resolve_layers(args, defaults, usual):
         args.adapt = named.get(" ".join(args.adapt), args.adapt)
     for layer in args.adapt:
         if layer not in ("all", *layers):
-            fail(f"--adapt {layer}: not there; choose from all, 'last two', {' '.join(layers)}")
+            fail(f"--adapt {layer}: no such layer; give all, 'last two', or some of {' '.join(layers)}")
 
 
 def check(args):
@@ -882,7 +882,7 @@ def check(args):
 def main():
     args = get_args()
     if args.device == "cpu":
-        torch.set_num_threads(1)  # run_tasks has tasks side by side instead
+        torch.set_num_threads(1)  # run_tasks runs tasks side by side instead
     test = Episodes.of(args, "test")
     run = Run(args, test)
     params = run.params(init_params(args))

@@ -342,7 +342,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -589,10 +589,10 @@ def check(args):
     if args.algorithm in ("cavia", "cnp") and args.adapt:
         fail(f"--algorithm {args.algorithm} adapts no layer: leave --adapt out")
     if args.algorithm != "cnp" and args.steps < 1:
-        fail(f"--steps {args.steps}: give a number from 1 on")
+        fail(f"--steps {args.steps}: give 1 or more")
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "head"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
+            fail(f"--adapt {layer}: no such layer; give all, or some of {' '.join(LAYERS)} head")
 
 
 def main():

@@ -25,18 +25,18 @@ algorithms differ:
 What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings per character, of which LEAP
 holds out 5. Here a class has 1 to 15 training drawings, all equally likely, and 5 others are held out. (With --shots
 15 15, as in LEAP, all have 15.) 46 of 50 alphabets have at least 20 characters: 25 train, 10 test, 11 validate.
-The paper does not say how ModGrad is trained here. Ours trains through --steps 5, as LEAP's code does for its MAML, with
-the layers, step size and cells of the mini-ImageNet runs. (MAML is not in the figure.) Every algorithm is *tested* for 100
-steps. M starts at 0.0001 in the mean, with half of its entries 0, so until the cells have learned, steps do nothing.
+The paper does not say how ModGrad is trained here. Ours trains through --steps 5, as LEAP's code does for its MAML
+(which is not in the figure). Layers, step size and cells are those of modgrad.py. Every algorithm is *tested* for 100
+steps. M starts at 0.0001 on average, with half of its entries 0, so until the cells have learned, steps do nothing.
 This script keeps LEAP's network, its initialisation, and the random turns of all images, held-out ones too. It departs
 from LEAP's code in three things:
 - The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
   last training batch), and the accuracy is that on held-out drawings. (In the code `if self.train` asks whether a
   method exists, which is always true: it tests on training drawings, with running averages in BatchNorm.)
 - Each visit to an alphabet draws anew its characters, their numbering, and what is held out (in the code: once per
-  run), and draws a step's images with replacement (in the code: each image nearly as often).
+  run), and draws a step's images with replacement (in the code, all images come about equally often).
 - Strokes are bright on dark; inner gradients' entries are held within +-20 (--inner-clip).
-LEAP itself is left out: its 83.3 % in the tables is the paper's.
+LEAP itself is left out: the 83.3 % that our tables give for it stands in the ModGrad paper.
 
 Read it beside modgrad.py: the same steps, more of them, and two algorithms that do not differentiate through them.
 Run:  python modgrad_multishot.py --synthetic --quick     a minute or two on two CPU cores, no download; prints accuracies
@@ -126,13 +126,13 @@ class Alphabets:
 
     Args:
         mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
-            than N characters are left out; the others, sorted and shuffled with a fixed seed, are 25 for training, then 10 for
-            testing, and those left for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split into characters that
-            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters; one
-            starts at every second character. Characters 0 to 51 are for training, the next 24 for validation, then testing.
+            than N characters are left out; of the others, sorted and shuffled with a fixed seed, 25 are for training, the next 10
+            for testing, the rest for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split of characters that
+            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters, and
+            the next one starts two characters later. Characters 0 to 51 are for training, the next 24 for validation, then testing.
         shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
 
-    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer steps: the same task, cut short.
+    Alphabets take turns: in training in a new random order each time, else in a fixed one. Fewer `steps` cut a task short.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Alphabets:
         if len(names) < 37:
             fail(
                 f"{self.mode} has {len(names)} alphabets (folders of class folders) of at least {self.ways} characters, "
-                "37 are needed: lower --ways, or put the published archives there"
+                "37 are needed: lower --ways, or put the published archives into the data root"
             )
         np.random.RandomState(123).shuffle(names)
         parts = {"train": names[:25], "val": names[35:], "test": names[25:35]}
@@ -316,7 +316,7 @@ class Alphabets:
         return F.affine_grid(places, (len(u), 1, self.size, self.size), align_corners=False)
 
     def sha256(self, count):
-        """A hash of the first `count` tasks: the mode, the alphabets, and the indices drawn (not the turns)."""
+        """A hash of the first `count` tasks: mode, alphabets, image size, and the indices drawn (not the turns)."""
         digest = hashlib.sha256(f"{self.mode} {self.names} {self.size}".encode())
         for array in self.indices(0, count)[:4]:
             digest.update(array.astype("<i8").tobytes())
@@ -324,11 +324,11 @@ class Alphabets:
 
 
 # --------------------------------------------------------------------------------------------------- network
-# Pure functions of a flat dict of tensors: Conv-4 on images of one channel. `norm` is BatchNorm by name.
+# Pure functions of a flat dict of tensors: Conv-4 on images of one channel. `norm` is BatchNorm: a call names the layer.
 
 
 class Norm:
-    """BatchNorm for one forward pass, by name.
+    """BatchNorm for one forward pass: a call names the layer.
 
     It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
     or, given `stats` from another pass, with those. Scale and shift are not passed to torch.native_batch_norm: with
@@ -376,7 +376,7 @@ def head_block(params, name, x, norm):
 
 
 def run_blocks(params, x, norm, first=0):
-    """The network from its block `first` on; all of it: images (n, 1, S, S) -> logits (n, N)."""
+    """The network from its block `first` on; from 0 on, images (n, 1, S, S) -> logits (n, N)."""
     for name in LAYERS[first:]:
         x = conv4_block(params, name, x, norm)
     return head_block(params, "head", x, norm)
@@ -504,7 +504,7 @@ STEPS = {"modgrad": modgrad_step, "maml": maml_step, "fomaml": fomaml_step, "rep
 def query_outer(params, adapted, logits, task):
     """L(D_val; theta_K). Its gradient goes back through the steps as far as they let it.
 
-    For ModGrad and MAML that is all of the way; for FOMAML, where d theta_K / d theta_0 = 1, it is the gradient at
+    For ModGrad and MAML that is all the way; for FOMAML, where d theta_K / d theta_0 = 1, it is the gradient at
     theta_K.
     """
     return F.cross_entropy(logits, task.query_y)
@@ -542,7 +542,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -800,7 +800,7 @@ SHOTS_NAMES = ("LEAST", "MOST")
 SHOTS_HELP = "training drawings per class, any number from LEAST to MOST (P: 1 to 25; L: 15 15)"
 STEPS_HELP = f"K, inner steps in training (L: 100, MAML 5): {column(0)}"
 ALPHA_HELP = f"their size (L: 0.1): {column(1)}"
-ADAPT_HELP = f"layers that the steps change, as conv4 head; or all: {column(2)}"
+ADAPT_HELP = f"layers that the steps change, such as conv4 head; or all: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 OUTER_HELP = f"outer optimiser (P: adam; L: sgd): {column(3)}"
 LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)}"
@@ -812,11 +812,11 @@ def get_args(argv=None):
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
-    p.add_argument("--test-tasks", type=int, default=100, help="over all alphabets (L: one of each of 10)")
+    p.add_argument("--test-tasks", type=int, default=100, help="over all alphabets (L: 1 from each of 10)")
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
     p.add_argument("--val-tasks", type=int, default=22, help="over all alphabets together")
     add_data_flags(p, synthetic="procedural characters in invented alphabets: no download")
-    add_device_flags(p, precision="bf16: the network's layers only")
+    add_device_flags(p, precision="bf16: the network's convolutions only")
     add_run_flags(p, QUICK)
     args, defaults = parse(p, argv, QUICK)
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
@@ -853,7 +853,7 @@ def add_algorithm_flags(p):
     p.add_argument("--context", type=int, default=300, help="length of v (P: 300 elsewhere)")
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
     p.add_argument(
-        "--inner-clip", type=float, default=20.0, help="bound of inner gradients' entries (L: none)"
+        "--inner-clip", type=float, default=20.0, help="bound on the entries of inner gradients (L: none)"
     )
     p.add_argument("--first-order", action="store_true", help="hold inner gradients constant (as fomaml)")
     p.add_argument("--meta-batch", type=int, default=20, help="T, tasks per iteration (L: 20)")
@@ -875,7 +875,7 @@ def check(args):
         )
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "head"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} head")
+            fail(f"--adapt {layer}: no such layer; give all, or some of {' '.join(LAYERS)} head")
     least, most = args.shots
     if not 1 <= least <= most:
         fail(f"--shots {least} {most}: give two numbers from 1 on, the smaller one first")

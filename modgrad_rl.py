@@ -6,12 +6,12 @@ The protocol is that of MAML (Finn et al., ICML 2017) and CAVIA (Zintgraf et al.
 The idea. A *task* is a goal that the policy is not told: a place to go to, a direction or a speed to run in. The policy
 acts (R *rollouts*), sees its rewards, makes an inner step of policy gradient, and acts again. Meta-learning finds
 parameters from which that one step helps most. The rollouts before the step are what the support set is in modgrad.py,
-and those after it are the query set. The latter depend on the step, so both are drawn anew in every iteration.
+and those after it are the query set. Both depend on the policy, so they are drawn anew in every iteration.
 
 Inner step: policy gradient ("vanilla", REINFORCE), with generalised advantages over a linear baseline. Outer step: TRPO
 (Schulman et al., ICML 2015), the longest step along the natural gradient that changes the adapted policies by no more
-than a bound in KL divergence. The algorithms differ in the inner step only:
-    modgrad    two hidden layers, by one step whose gradient is modulated entry by entry (see modgrad.py)
+than a bound in KL divergence. The algorithms differ in what the inner step changes, and how:
+    modgrad    both hidden layers, by a step whose gradient is modulated entry by entry (see modgrad.py)
     maml       all parameters, the policy's deviation included, by a plain gradient step
     cavia      a context vector beside the observation, from zero, by a plain gradient step
 
@@ -29,7 +29,7 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
       python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
 
 The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
-entries and u = 5, as in the paper's regression; and for Eq. 9 the loss of the trial step on the same rollouts, corrected by
+entries and u = 5, as in the paper's regression; and for Eq. 9 the loss after the trial step, on the same rollouts, corrected by
 the ratio of new to old probabilities, so that ModGrad uses no more rollouts than the others. The step size is 30, which makes
 the first steps about as long as MAML's. The entries of M that are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in
 biases, so with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On
@@ -239,7 +239,7 @@ def init_cell(params, args, default, name, n):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
-# that adapt, `loss` is the loss on the rollouts so far as a function of it, and `clip` holds a gradient constant if
+# that adapt, `loss` is the loss on the step's rollouts as a function of it, and `clip` holds a gradient constant if
 # wanted. Each returns the new `adapted`. The text is that of modgrad.py.
 
 
@@ -290,7 +290,7 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: Eq. 8's ReLU is for outer products, and a bias has none.
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
     (The released code applies ReLU to them too.)
     """
     M = {}
@@ -318,9 +318,9 @@ def start(params, args):
 def policy_loss(params, adapted, rollouts):
     """Minus the mean over all steps of ratio * advantage: the ratio of an action's probability now to that when drawn.
 
-    Where nothing has changed yet, its gradient is the policy gradient, E[advantage * grad log pi]; elsewhere it is still
-    an unbiased estimate, which Eq. 9 and TRPO need. (CAVIA's code has log pi in the inner step. That gives the same
-    step, but its second derivative lacks a part of the return's; see Rothfuss et al., ICLR 2019.)
+    Where nothing has changed yet, its gradient is minus the policy gradient, E[advantage * grad log pi]; elsewhere the
+    ratio corrects for the actions, not for the states visited, as Eq. 9 and TRPO need it. (CAVIA's code has log pi in the inner step. That gives the same
+    step, but its second derivative lacks a part of that of the return; see Rothfuss et al., ICLR 2019.)
     """
     mean = forward(params | adapted, rollouts.observation, adapted.get("context"))
     log_std = (params | adapted)["log_std"]
@@ -344,7 +344,7 @@ def adapt(params, adapted, rollouts, args):
 
 
 def adapted_policy(params, lived, args):
-    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy in the last ones.
+    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy at the observations of the last ones.
 
     Returns means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
     (line 16).
@@ -397,13 +397,13 @@ def baseline(observation, returns, mask):
     y = (returns * mask).flatten(1, 2)[..., None]
     ridge = 1e-5 * torch.eye(X.shape[-1], dtype=torch.float64, device=X.device)
     weights = torch.linalg.solve(X.mT @ X + ridge, X.mT @ y)
-    return (X @ weights).view(returns.shape)  # 0 where the mask is
+    return (X @ weights).view(returns.shape)  # 0 where the mask is 0
 
 
 def noise(world, args, split, first, count, update):
     """Normal random numbers of the rollouts of tasks first .. -> for the start (T, R, ...), for actions (T, R, H, A).
 
-    They depend on the number of the task and of the update alone, so a task's rollouts are the same in any batch.
+    In a run and split they depend on the numbers of task and update alone, so a task has the same ones in any batch.
     """
     R, H = args.rollouts, args.horizon
     A = world.actions
@@ -570,7 +570,7 @@ def trpo_step(params, lived, args):
 
 
 def mean_kl(weight, old, new):
-    """Mean KL(old || new) of policies, each (means (T, R, H, A), log deviations (T, A)), over steps of `weight`."""
+    """Mean KL(old || new) of policies, each (means (T, R, H, A), log deviations (T, A)), over steps weighted by `weight`."""
     mean, log_std = old
     new_mean, new_log_std = new
     s, t = log_std[:, None, None], new_log_std[:, None, None]
@@ -607,7 +607,7 @@ def fisher_product(params, lived, args, flat):
 
 
 def evaluate(params, world, split, count, args):
-    """Returns before and after each update of the first `count` tasks -> array (test updates + 1, count)."""
+    """The returns of the first `count` tasks, before and after each update -> array (test updates + 1, count)."""
     found = []
     starts = range(0, count, 20)
     for first in tqdm(starts, desc=f"{split} tasks, 20 at a time", disable=None, leave=False):
@@ -678,7 +678,7 @@ def measure(params, world, tasks, args, run):
 
 
 def stored(run, tasks, args):
-    """The stored result, if it is of these tasks, updates and steps; else None."""
+    """The stored result, if it has these tasks, updates and step sizes; else None."""
     result = run.result(tasks_sha256=tasks)
     if result is None or len(result["returns"]) != args.test_updates + 1:
         return None
@@ -712,8 +712,8 @@ def column(i):
 
 HORIZON_HELP = f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}"
 ALPHA_HELP = f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)"
-HALVE_HELP = "half the step size from the second update of a test on (C and ours: for MAML only)"
-ADAPT_HELP = f"what the step changes, as fc2 mean; or all: {column(1)}"
+HALVE_HELP = "in testing, halve the step size from the second update on (C and ours: for MAML only)"
+ADAPT_HELP = f"layers that the step changes, such as fc2 mean; or all: {column(1)}"
 CONTEXT_HELP = "length of v (128) or of CAVIA's vector (C: 5; for the half-cheetah 50, ours)"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 FISHER_HELP = (
@@ -755,7 +755,7 @@ def get_args(argv=None):
 
 
 def usual(args):
-    """What is not typed has its default by algorithm and world."""
+    """Defaults, by algorithm and world, of the flags that were not typed."""
     alpha, adapt = DEFAULTS[args.algorithm]
     context = 5
     if args.env != "navigation":
@@ -792,13 +792,16 @@ def add_algorithm_flags(p):
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
     p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
     p.add_argument(
-        "--gae-lambda", type=float, default=1.0, help="of the advantages; 1: returns less the baseline (C: 1)"
+        "--gae-lambda",
+        type=float,
+        default=1.0,
+        help="of the advantages; at 1 they are returns minus the baseline (C: 1)",
     )
     p.add_argument(
         "--meta-batch", type=int, default=40, help="T, tasks per iteration (C: 20, MAML's paper too)"
     )
     p.add_argument("--iterations", type=int, default=500, help="outer steps (C: 500)")
-    p.add_argument("--max-kl", type=float, default=0.01, help="bound of an outer step (C: 0.01)")
+    p.add_argument("--max-kl", type=float, default=0.01, help="bound on the KL of an outer step (C: 0.01)")
     p.add_argument("--cg-steps", type=int, default=10, help="of conjugate gradients (C: 10)")
     p.add_argument("--cg-damping", type=float, default=1e-5, help="added to the Fisher matrix (C: 1e-5)")
     p.add_argument("--fisher-fraction", type=float, default=0.25, help=FISHER_HELP)
@@ -813,7 +816,7 @@ def check(args):
         fail("--algorithm cavia adapts its context alone: leave --adapt out")
     for layer in args.adapt:
         if layer not in ("all", *LAYERS, "log_std"):
-            fail(f"--adapt {layer}: not there; choose from all {' '.join(LAYERS)} log_std")
+            fail(f"--adapt {layer}: no such layer; give all, or some of {' '.join(LAYERS)} log_std")
     if args.algorithm == "modgrad" and {"all", "log_std"} & set(args.adapt):
         typed = " ".join(args.adapt)
         remedy = f"a cell is for a layer's weight and bias; choose from {' '.join(LAYERS)}"

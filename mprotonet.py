@@ -1,7 +1,7 @@
-"""ProtoNet, MProtoNet and MProtoNet+KML: prototypes in place of MAML's inner loop, FiLM or kernel modulation.
+"""ProtoNet, MProtoNet and MProtoNet+KML: prototypes replace MAML's inner loop; FiLM or KML modulates.
 
 Papers: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, NeurIPS 2017. Abdollahzadeh and
-others: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning, NeurIPS 2021, Section 5, 6.
+others: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning, NeurIPS 2021, Sections 5 and 6.
 
 The idea. A network f maps images to features. A class is represented by the mean of its support images'
 features, its *prototype*, and a query image belongs to the class whose prototype is nearest. So an average does
@@ -66,6 +66,7 @@ PROTOCOLS = {
     "inductive": "BatchNorm statistics of the adapted network on the support images",
 }
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
+# In help texts, P is the paper's value, and C is that of KML's released code.
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 EMBED_HELP = (
     "where v comes from. support: the support images (P). query: in each pass, the images of that pass (C). Two are "
@@ -78,7 +79,7 @@ INIT_SCALE_HELP = (
     "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
 )
 DISTANCE_SCALE_HELP = "logits are minus this times the squared distances (P, C: 1)"
-REPEAT_HELP = "in training, draw tasks with replacement (off; C: on, and in testing)"
+REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, test tasks too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -97,8 +98,8 @@ def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
     Unless given, the moments are those of the batch x itself, in training and in testing, because running
-    averages would mix tasks. Scale and shift go into the call here, which is a tenth faster. (In kml.py they may not,
-    because there the call is differentiated twice.)
+    averages would mix tasks. Here native_batch_norm applies scale and shift, which is a tenth faster. (In kml.py it
+    cannot, because there the call is differentiated twice.)
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
     scale, shift = params.get(f"norm{l}.scale"), params.get(f"norm{l}.shift")
@@ -143,7 +144,7 @@ def class_means(features, members):
 
 
 def squared_distances(x, y):
-    """Distances of rows x (n, D) to rows y (N, D) -> (n, N), as |x|^2 - 2 x.y + |y|^2, without an (n, N, D)."""
+    """Distances of rows x (n, D) to rows y (N, D) -> (n, N), as |x|^2 - 2 x.y + |y|^2, with no (n, N, D) tensor."""
     with torch.autocast(x.device.type, enabled=False):
         x_squared = x.square().sum(1, keepdim=True)
         return x_squared - 2 * x @ y.T + y.square().sum(1)
@@ -217,7 +218,7 @@ def modulate(theta, omega, one=1):
     a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
     --distance-scale are controls for this.) Second, a step of encoder and generator changes the kernel about 100
     times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (Steps of
-    W do not, because M scales them down too.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
+    W have no such effect, because M scales them down too.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
     """
     modulated = theta | omega
     for key, change in omega.items():
@@ -336,7 +337,7 @@ class BlindTask(NamedTuple):
 
 
 class BlindEpisodes(Episodes):
-    """Episodes whose tasks come with the support images of another task, of any mode (rarely, of the same one).
+    """Episodes whose tasks come with the support images of another task, of any mode (rarely, their own).
 
     The other task is drawn at random from the task's own block: BLOCK = 256 tasks of each mode.
     """
@@ -363,7 +364,7 @@ def episodes_of(args, split):
 
 
 def run_tasks(params, batch, args, vectorise, evaluate=False):
-    """Run task_loss on T tasks -> losses (T,), accuracies in % (T, 1); if `evaluate` (T, 2): paper's, inductive.
+    """Run task_loss on T tasks -> losses (T,), accuracies in % (T, 1), or (T, 2) where there are inductive logits too.
 
     In training it adds the gradient of the mean loss to .grad. (KML's Algorithm 2 has the sum.)
     `vectorise`: all tasks at once, by vmap, which fills a GPU. Else, for the CPU, each task runs in a thread of
@@ -572,7 +573,9 @@ def add_algorithm_flags(p):
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P, C: 1 and 5)")
     p.add_argument("--queries", type=int, default=15, help="Q, query images per class (C: 15)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels (C: 84)")
-    p.add_argument("--channels", type=int, default=32, help="of layer 1, doubled in each next layer (C: 32)")
+    p.add_argument(
+        "--channels", type=int, default=32, help="of layer 1, doubled in each layer after it (C: 32)"
+    )
     p.add_argument("--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (C: off)")
     p.add_argument("--generator", default="outer", choices=("outer", "full"), help=GENERATOR_HELP)
     p.add_argument("--no-residual", action="store_true", help="kml: W * M, not W * (1 + M) (P: off; C: on)")
@@ -613,7 +616,7 @@ def check(args, defaults):
 def main():
     args = get_args()
     if args.device == "cpu":
-        torch.set_num_threads(1)  # run_tasks has tasks side by side instead
+        torch.set_num_threads(1)  # run_tasks runs tasks side by side instead
     test = episodes_of(args, "test")
     run = Run(args, test)
     params = run.params(init_params(args))

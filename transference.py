@@ -1,7 +1,7 @@
 """Transference: does a training step on one task help or harm another? KML's analysis of episodic training.
 
 Paper: Abdollahzadeh and others: Revisit Multimodal Meta-Learning through the Lens of Multi-Task Learning, NeurIPS
-2021, Section 4 and 6: Algorithm 1, Equation 1 and 2, Figure 1, 2 and 5.
+2021, Sections 4 and 6: Algorithm 1, Equations 1 and 2, Figures 1, 2 and 5.
 
 The idea. In episodic training each task i makes a gradient step on the shared parameters. Take one such step alone,
 and look at another task j, of classes that are never trained on: its loss after the step, over its loss before, is the
@@ -18,16 +18,16 @@ opposite (negative). Many source tasks i give a histogram.
 
 The paper calls a transfer *neutral* if it changes the target's accuracy by less than 0.05 points. It does not say which
 change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) against
-LR - 1, fitted by least squares over all pairs, each target about its own mean. Accuracy moves in steps of whole images, so s
+LR - 1, fitted by least squares over all pairs, from both of which each target's mean is subtracted. Accuracy moves in steps of whole images, so s
 is uncertain, and so is what counts as neutral. Intervals therefore come from resampled sources and targets, with s fitted
-anew each time. Where s is not certainly negative (a lower loss, a higher accuracy), there is no neutral zone, and only the
+anew each time. Where s is not certainly negative (which means that accuracy rises as the loss falls), there is no neutral zone, and only the
 share with LR < 1 is given.
 
 What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
-task itself takes its loss to 0.95 of what it was, in the median. (One step cannot take every network's loss there: see
---self-transference.) --sweep shows how the shares depend on alpha. But a source's step is alpha times *its* gradient. Where a
-network fits its training tasks well, this is short, and transfer looks neutral. So two more things are printed: LR(i -> i) of
-the source tasks; and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1 becomes
+task takes the loss of this same task to 0.95 of what it was (median over tasks). (One step cannot take every network's loss
+there: then give a --self-transference nearer to 1.) --sweep shows how the shares depend on alpha. But a source's step is alpha times *its* gradient. Where a
+network fits its training tasks well, this is short, and transfer looks neutral. So a second table is printed, with LR(i -> i) of
+the source tasks, and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1 becomes
 when alpha goes to 0. Intervals are over the tasks, for one trained network. They say nothing about other training runs of the
 same method, or about other alphas.
 
@@ -69,7 +69,7 @@ SWEEP = (0.25, 0.5, 2.0, 4.0)  # times alpha
 ALONG_SOURCES = 60
 COMPARED = ("positive", "negative", "below_one", "mean")
 SHARES = ("positive", "negative", "neutral", "below_one")
-USUAL = {  # flags of mprotonet.py that a label does not repeat
+USUAL = {  # flags of mprotonet.py that a label names only where they differ from this
     "no_residual": False,
     "embed": "support",
     "transductive": False,
@@ -116,7 +116,7 @@ def loss_of(params, task, options):
 
 
 def measure(state, sources, targets, alpha, update):
-    """Algorithm 1, all sources to all targets -> LR (I, J), change of accuracy in points (I, J). Steps are undone."""
+    """Algorithm 1, all sources to all targets -> LR (I, J), change of accuracy in points (I, J). All steps start from `state`."""
     params, options = state.params, state.options
     targets = single(targets)
     loss, accuracy = losses_and_accuracies(params, targets, options)  # 3, 4: the targets before
@@ -187,7 +187,7 @@ def choose_alpha(state, batch, update, level):
     medians = {}
 
     def smallest(alphas):
-        """Of ascending step sizes the first that is enough, or None."""
+        """The first of ascending step sizes that is enough, or None."""
         ratios = self_transference(state, batch, alphas, update)
         found = np.nan_to_num(np.median(ratios, 0), nan=np.inf)
         medians.update(zip(alphas, found))
@@ -209,7 +209,7 @@ def choose_alpha(state, batch, update, level):
 
 
 def straight_step(state, batch, update, level):
-    """Median over tasks of the step size at which a loss that fell in a straight line would reach `level` times itself."""
+    """Median over tasks of the step size that would take the loss to `level` times its value, were it linear in the step."""
 
     def one(task):
         gradients = gradient(state.params, task, state.options, update)
@@ -289,7 +289,7 @@ class State(NamedTuple):
 
 
 def load(place):
-    """Read a run's folder, or an exported file -> identity, iterations done and planned, parameters, kept parameters.
+    """Read a run's folder, or an exported file -> identity, this state's iteration, the run's, parameters, kept parameters.
 
     Kept parameters are {iteration: path}.
     """
@@ -318,7 +318,7 @@ def states(place, at, device):
     identity, done, of, final, kept = load(place)
     options = argparse.Namespace(
         **{"distance_scale": 1.0} | identity, device=device
-    )  # older runs do not name it
+    )  # older runs do not name distance_scale
     found = []
     for moment in at:
         iteration = iteration_of(moment, of)
@@ -383,7 +383,7 @@ def neutral_band(ratios, gains):
 
 
 def shares(ratios, band):
-    """Of positive, negative and neutral transfer, in % of the sources -> (3, J) for ratios (I, J)."""
+    """Shares of positive, negative and neutral transfer, in % of the sources -> (3, J) for ratios (I, J)."""
     positive = ratios <= 1 - band
     negative = ratios >= 1 + band
     neutral = ~positive & ~negative
@@ -418,8 +418,8 @@ def resampled(shape, draws):
 def describe(ratios, gains, draws=1000):
     """LR (I, J) and gains (I, J) -> {name: [number, ends of its 95 % interval]}, and the shares of each target.
 
-    Intervals are from resampled sources and targets. The three shares and the band are None where the sign of the slope
-    is not certain.
+    Intervals are from resampled sources and targets. The three shares and the band are None where the slope is not
+    certainly negative.
     """
     if not np.isfinite(ratios).all():
         cause = "a target's loss is 0, or the step is too large"
@@ -499,7 +499,7 @@ def line_of(*cells):
 
 
 def shares_row(row):
-    """A state's `row`, as `main` makes it -> its line in the table of shares, Markdown."""
+    """A state's `row`, as `measure_state` makes it -> its line in the table of shares, Markdown."""
     numbers = [cell(row["all"][name]) for name in SHARES]
     numbers += [cell(row["all"]["mean"], 4), f"{row['all']['median'][0]:.4f}"]
     return line_of(row["state"], f"{row['alpha']:.3g}", *numbers, f"{row['self']['median']:.4f}")
@@ -523,7 +523,7 @@ def other_tables(found, few):
 
 def steps_table(found, few):
     """What the steps are -> lines."""
-    lines = [f"What the steps are, of {few} source tasks", "", STEPS_HEAD, "|" + " --- |" * 5]
+    lines = [f"What the steps of {few} source tasks are like", "", STEPS_HEAD, "|" + " --- |" * 5]
     for row in found:
         steps = row["steps"]
         numbers = f"{steps['cosine']:.3f}", f"{steps['own']:.4f}", f"{steps['base']:.1f}"
@@ -592,7 +592,7 @@ def draw(args, experiment, found, along):
 
 
 class Experiment:
-    """The source and target tasks, which all states are measured on, and what is said of them."""
+    """The source, target and validation tasks, the same for all states, and the line that describes them."""
 
     def __init__(self, args, options):
         self.options = options
@@ -662,7 +662,7 @@ def sweep(args, state, alpha, experiment):
 def matrix(args, state):
     """Every mode to every mode -> {"alpha", "cells": {source: {target: describe(...)}}}, with one step size.
 
-    It is that at which the median self-transference is --self-transference over the validation tasks of all modes.
+    With --alpha auto it takes the median LR(j -> j) over the validation tasks of all modes to --self-transference.
     """
     options = state.options
     modes = [canonical_mode(mode, args.data_root) for mode in args.matrix or options.modes]
@@ -683,7 +683,8 @@ def matrix(args, state):
 def trajectories(args, runs, experiment):
     """Figure 2: LR of source tasks to the first target at every kept state.
 
-    Returns {method: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are numbers of source tasks, at half.
+    Returns {method: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are the
+    indices of the source tasks of lowest and highest LR in the middle of training.
     """
     target = some(experiment.targets, 1)
     found = {}
@@ -727,7 +728,7 @@ def refuse_namesakes(one, two):
     theirs, ours = vars(one.options), vars(two.options)
     differ = [key for key in theirs if ours.get(key) != theirs[key]]
     same = f"{one.folder} and {two.folder} are both called {two.label}"
-    fail(f"{same} (they differ in {' '.join(differ) or 'nothing'}): measure them apart")
+    fail(f"{same} (they differ in {' '.join(differ) or 'nothing'}): measure them separately")
 
 
 def save(args, experiment, found, along):
@@ -758,7 +759,7 @@ AT_HELP = (
     "which states: half (of the iterations, the paper's middle of training), final, or a kept iteration "
     "(mprotonet.py --keep-every)"
 )
-SHARED_HELP = "a class, or copies of a file, may stand in two splits"
+SHARED_HELP = "a class, or copies of a file, may be in two splits"
 CHECKPOINT_HELP = "folders of mprotonet.py runs, or files that --export wrote; several are overlaid"
 UPDATE_HELP = "what the step changes: all meta-parameters, or the base network alone"
 LEVEL_HELP = "with --alpha auto: the median LR(j -> j) of validation targets"
@@ -805,7 +806,7 @@ def check(args):
     """Exit if a flag is out of range. Reads --alpha as a number."""
     for name in ("source_tasks", "target_tasks"):
         if getattr(args, name) < 2:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 2 on")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give 2 or more")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if args.device not in devices:
         fail(f"--device {args.device}: not there; choose from {' '.join(devices)}")
@@ -818,7 +819,7 @@ def check(args):
     except ValueError:
         fail(f"--alpha {args.alpha}: give a number, or auto")
     if not 0 <= args.alpha < math.inf:
-        fail(f"--alpha {args.alpha}: give a number from 0 on")
+        fail(f"--alpha {args.alpha}: give 0 or more")
 
 
 def make_folder(out):

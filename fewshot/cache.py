@@ -218,7 +218,7 @@ class Seen:
             self.shared = self.copied()
 
     def copied(self):
-        """Which files stand in two splits, if so many that it is no slip -> text, or ""."""
+        """Which files are in two splits, if so many that it is no slip -> text, or ""."""
         in_split = collections.Counter()
         worst = 0
         for (split, name), pairs in self.copies.items():
@@ -312,7 +312,7 @@ def without_main():
 def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False, allow_shared=False):
     """Find or make the folder of decoded images of a mode -> its path.
 
-    allow_shared: whether the same class, or the same file, may stand in two splits. Exits with status 2 where images are
+    allow_shared: whether the same class, or the same file, may be in two splits. Exits with status 2 where images are
     missing, damaged or not as they should be.
     """
     mode, cache_dir = canonical_mode(mode, root), Path(cache_dir)

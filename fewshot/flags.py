@@ -21,7 +21,7 @@ __all__ = [
     "reset_unused",
 ]
 
-SHARED_HELP = "a class, or copies of a file, may stand in two splits"
+SHARED_HELP = "a class, or copies of a file, may be in two splits"
 # What args holds that does not change what is learned: runs that differ in nothing else are the same run.
 NOT_IDENTITY = {
     *(
@@ -192,7 +192,7 @@ def check_numbers(args, least):
             smallest *= len(strata)
         flag = f"--{key.replace('_', '-')}"
         if not smallest <= value < 2**63:
-            fail(f"{flag} {value}: give a number from {smallest} on")
+            fail(f"{flag} {value}: give {smallest} or more")
         if value > AT_MOST.get(key, 2**63):
             fail(f"{flag} {value}: give a number up to {AT_MOST[key]}")
 

@@ -101,7 +101,7 @@ def import_class_folders(paths):
 
 
 def check_classes(splits):
-    """Find a class that stands in two splits, so that tests would show classes known from training -> text, or "".
+    """Find a class that is in two splits, so that tests would show classes known from training -> text, or "".
 
     splits: {split: {class: images}}. Sets of a single class per split, such as faces, know no new classes and may share
     its name.

@@ -119,7 +119,7 @@ def check(args):
     for key, least in (("image_size", 1), ("ways", 1), ("shots", 1), ("queries", 1), ("task", 0)):
         value = getattr(args, key)
         if not least <= value < 2**31:
-            fail(f"--{key.replace('_', '-')} {value}: give a number from {least} on")
+            fail(f"--{key.replace('_', '-')} {value}: give {least} or more")
     if args.image_size > AT_MOST["image_size"]:
         fail(f"--image-size {args.image_size}: give a number up to {AT_MOST['image_size']}")
     if args.out is not None and (args.command != "show" or len(args.modes) > 1):

@@ -115,7 +115,7 @@ def test_completions_bad_input(cache, capsys):
         == get_args(modgrad_completion, "--synthetic").test_tasks
     )
     for bad, said in (
-        ("--adapt fc9", "choose from all"),
+        ("--adapt fc9", "no such layer; give all"),
         ("--algorithm cnp --adapt fc5", "leave --adapt out"),
         ("--algorithm cnp --steps 2", "no inner steps"),
         ("--steps 0", "--steps 0"),

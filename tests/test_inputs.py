@@ -255,7 +255,7 @@ def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--ways 1", "--ways 1: give a number from 2 on"),
+        ("--ways 1", "--ways 1: give 2 or more"),
         ("--shots 0", "--shots"),
         ("--shots many", "--shots"),
         ("--lr nan", "--lr"),

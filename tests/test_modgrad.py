@@ -329,7 +329,7 @@ def test_a_modgrad_run_from_start_to_end_and_its_continuation(
     for bad, said in (
         ("--val-every 75", "a multiple"),
         ("--log-every 0", "--log-every 0"),
-        ("--adapt conv9", "choose from all"),
+        ("--adapt conv9", "no such layer; give all"),
         ("--adapt all", "have no cells"),
         ("--image-size 8", "--image-size 8"),
     ):
@@ -590,7 +590,7 @@ def test_inspect_gradients_from_end_to_end(tmp_path, cache, monkeypatch, capsys)
         ([runs[0]], "nothing to do"),
         ([tmp_path / "none", "--spectrum"], "there is no"),
         ([*runs, tmp_path / "other", "--spectrum"], "the runs differ"),
-        ([runs[0], "--gradient-noise", "-1"], "from 0 on"),
+        ([runs[0], "--gradient-noise", "-1"], "0 or more"),
         ([runs[0], "--gradient-noise", "0"], "above it"),
         ([runs[0], "--spectrum", "--step-tasks", "1"], "--step-tasks"),
     ):

@@ -204,11 +204,11 @@ def test_alphabets_bad_input(cache, capsys, tmp_path):
         "37 are needed",
     )
     for bad, said in (
-        ("--adapt fc9", "choose from all"),
+        ("--adapt fc9", "no such layer; give all"),
         ("--algorithm reptile --adapt head", "leave --adapt out"),
         ("--adapt all", "name the layers"),
         ("--shots 3 2", "smaller one first"),
-        ("--shots 0 2", "from 1 on"),
+        ("--shots 0 2", "1 or more"),
         ("--steps 0", "--steps 0"),
         ("--test-tasks 1", "--test-tasks 1"),
         ("--outer rmsprop", "--outer"),

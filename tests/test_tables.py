@@ -850,7 +850,9 @@ def test_differences_in_the_tables_are_those_of_the_means():
         if line.startswith(("### ", "| method |")):
             means = {}
         elif line.startswith("| ") and re.match(r"\d+\.\d+ ± ", cells[1]):
-            means[cells[0]] = [float(cell.split(" ± ")[0]) if "±" in cell else None for cell in cells[1:3]]
+            means[cells[0]] = [
+                float(cell.split(" ± ")[0]) if re.match(r"[\d.]+ ±", cell) else None for cell in cells[1:3]
+            ]
         elif line.startswith("| ") and re.match(r"[+-]\d", cells[1]) and means:
             one, two = next(((a, b) for a in means for b in means if f"{a} - {b}" == cells[0]), (None, None))
             if one is None:

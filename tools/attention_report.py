@@ -191,7 +191,7 @@ def main():
     p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
     given = p.parse_args()
     if given.report_tasks < 2:
-        fail(f"--report-tasks {given.report_tasks}: give a number from 2 on")
+        fail(f"--report-tasks {given.report_tasks}: give 2 or more")
     args, params = open_run(given)
     test = afr.MetaTasks(args, "test")
     total = (SUBTASKS + args.report_tasks) * len(args.tasks)

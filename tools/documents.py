@@ -58,7 +58,7 @@ def modulation_table(rows):
     """What inspect_modulation.py wrote -> Markdown: accuracy with a task's own v, and the change with another."""
 
     def name(row):
-        form = "W * M" if row["no_residual"] else "W * (1 + M)"
+        form = "W * M" if row.get("no_residual") else "W * (1 + M)"  # kml.py has no such flag
         longer = ", 10,000 iterations" if row["iteration"] == 10000 else ""
         return f"{form}, seed {row['seed']}{longer}"
 

@@ -316,12 +316,12 @@ def get_args(argv=None):
         all(0 <= sigma < float("inf") for sigma in args.gradient_noise) and any(args.gradient_noise)
     ):
         fail(
-            f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers from 0 on, one at least above it"
+            f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers of 0 or more, at least one above it"
         )
     args.gradient_noise = sorted({0.0, *args.gradient_noise}) if args.gradient_noise else []
     for key, least in (("tasks", 10), ("step_tasks", 2)):
         if getattr(args, key) < least:
-            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: give a number from {least} on")
+            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: give {least} or more")
     return args
 
 

@@ -190,7 +190,7 @@ def main():
     p.add_argument("--out", help="a JSON file for what was found")
     args = p.parse_args()
     if args.tasks < 10:
-        fail(f"--tasks {args.tasks}: give a number from 10 on")
+        fail(f"--tasks {args.tasks}: give 10 or more")
     found = []
     for folder in args.runs:
         row = inspect(folder, args.tasks, args.data_root, args.cache_dir)
