@@ -806,7 +806,7 @@ def add_algorithm_flags(p):
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
     p.add_argument("--steps", type=int, default=5, help="inner steps, in training and testing")
     p.add_argument("--alpha", type=float, nargs="+", metavar="A", help=ALPHA_HELP)
-    p.add_argument("--inner-clip", type=float, default=20.0, help="bound of the inner gradient's entries")
+    p.add_argument("--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--head", default="modulated", choices=("modulated", "plain"), help=HEAD_HELP)
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)

@@ -1,7 +1,7 @@
 """MMAML+KML: model-agnostic meta-learning whose network is rebuilt for each task by kernel modulation.
 
 Paper: Abdollahzadeh, Malekzadeh, Cheung: Revisit Multimodal Meta-Learning through the Lens of Multi-Task
-Learning, NeurIPS 2021, Section 5 and Algorithm 2. The supplement's other experiments are left out.
+Learning, NeurIPS 2021, Section 5 and Algorithm 2. The experiments of its supplement are left out.
 
 The idea. MAML learns an initialisation theta. From it, a few gradient steps on a task's few labelled images
 (the *support* set) lead to a network that classifies more images of the task (the *query* set). One
@@ -15,27 +15,30 @@ down; KML can turn it into another filter. (One positive factor for all entries 
 the BatchNorm that follows the convolution divides it out. This is why FiLM stands after BatchNorm.)
 With the outer product the generator has 329,595 parameters; with an output of its own for each kernel entry it
 would have 50.1 million. The outer product limits M: as a C_out x 9 C_in matrix it has rank 1 in layer 1 (one
-pattern of 27 entries, times a factor per filter) and rank 3 in layers 2 to 4 (a factor per third of a filter).
+pattern of 27 entries, times a factor per filter) and rank 3 in layers 2 to 4 (one pattern of 3 C_in entries,
+times a factor per third of a filter).
 
 The inner loop adapts theta *under* a fixed M: the network of each step is modulate(theta, omega). Algorithm 2
-shows no inner loop. Both released codes modulate inside the forward pass: KML's modulation, put into MMAML's
-code, leaves theta to the inner loop. A step of theta then moves an entry of W-hat (1 + M)^2 times as far as a step
-on W-hat itself would. --adapt modulated reads the algorithm's lines 7 and 8 the other way: there the steps change
-W-hat itself.
+shows no inner loop. The released codes of MMAML and KML modulate inside the forward pass; with KML's modulation
+there, MMAML's inner loop would adapt theta. A step of theta then moves an entry of W-hat (1 + M)^2 times as far
+as a step on W-hat itself would. --adapt modulated reads the algorithm's lines 7 and 8 the other way: there the
+steps change W-hat itself. In our runs (RESULTS.md) this reading is ahead of MAML, as in the paper, and the
+default is level with it.
 
-A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
-again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
+A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command,
+given again, continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
-Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of one iteration are all different; both codes draw them with replacement from a batch of tasks,
-so that of 10 about 2 are repeats. --no-norm-affine does as MMAML's code, --repeat-tasks as both.
+Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
+none. And the tasks of one iteration are all different; both codes load a batch of tasks of each mode and draw
+with replacement from it, so that with two modes about 2 of 10 are repeats. --no-norm-affine follows MMAML's code,
+--repeat-tasks both codes.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  Section 5.1
     g            modulation                  generator.conv{l}.*     Eq. 8, 9, Figure 4
-    M^l, db^l    omega["conv{l}.weight"]...  like W^l, like b^l      Eq. 8, 9
+    M^l, db^l    omega["conv{l}.weight"]...  (rows, cols), like b^l     Eq. 8, 9
     theta-hat    modulate                    like theta              Eq. 6, 7
 
 Read it beside mmaml.py (`diff mmaml.py kml.py`): one modulation in place of another, nothing else.
@@ -86,7 +89,7 @@ REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, te
 
 # --------------------------------------------------------------------------------------------------- network
 # Pure functions of a flat dict of tensors. The base network: four times [3x3 convolution of stride 2,
-# BatchNorm, ReLU] with 32, 64, 128, 256 channels, the mean over the pixels left, a linear layer (the head).
+# BatchNorm, ReLU] with 32, 64, 128, 256 channels, the mean over the remaining pixels, and a linear layer (the head).
 
 
 def group(params, name):
@@ -225,8 +228,9 @@ def init_params(args):
         for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
-    if args.embed == "constant":  # its norm is about that of the encoder's first v
+    if args.embed == "constant":
         params = {k: w for k, w in params.items() if not k.startswith("encoder.")}
+        # Its norm is about that of the encoder's v at the start of training.
         params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 4
     return params
 
@@ -238,7 +242,7 @@ def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, adapt to the support set, evaluate on the query set.
 
     Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
-    is the only training signal of all parameters. Its gradient reaches encoder and generator along two ways:
+    is the only training signal of all parameters. Its gradient reaches encoder and generator by two paths:
     through the modulated network that sees the query images, and through the inner steps, which see the support
     images. Numbers in comments are lines of KML's Algorithm 2.
     """
@@ -254,7 +258,7 @@ def task_loss(params, task, args, evaluate=False):
         logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # 8: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
+    # 8 (not shown there): MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
     # The steps stay in the graph, so the query loss is differentiated through them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
@@ -365,7 +369,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean query loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    """Take --iterations Adam steps on the mean query loss of --meta-batch tasks, from where the run left off."""
     T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)
@@ -495,7 +499,9 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")
-    p.add_argument("--inner-clip", type=float, default=20.0, help="bound of their gradient's entries (C: 20)")
+    p.add_argument(
+        "--inner-clip", type=float, default=20.0, help="bound on each entry of their gradient (C: 20)"
+    )
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (C: no)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks per iteration (C: 10)")
     p.add_argument("--repeat-tasks", action="store_true", help=REPEAT_HELP)
@@ -507,7 +513,7 @@ def add_algorithm_flags(p):
 def check(args, defaults):
     """Exit if flags contradict each other."""
     if args.adapt == "modulated" and args.modulation == "none":
-        fail("--adapt modulated --modulation none: plain MAML has nothing modulated; leave one of them out")
+        fail("--adapt modulated --modulation none: plain MAML modulates nothing; leave one of them out")
     if args.embed == "constant" and args.modulation == "none":
         fail("--embed constant --modulation none: plain MAML has no v; leave one of them out")
 

@@ -1,7 +1,7 @@
 """MAML and MMAML: model-agnostic meta-learning, and its multimodal form by feature-wise modulation (FiLM).
 
 Papers: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning, ICML 2017. Vuorio, Sun, Hu, Lim: Multimodal MAML
-via Task-Aware Modulation, NeurIPS 2019; here in the terms of the KML paper (see kml.py), its Section 5.1.
+via Task-Aware Modulation, NeurIPS 2019; here in the terms of Section 5.1 of the KML paper (see kml.py).
 
 The idea. MAML learns an initialisation theta. From it, a few gradient steps on a task's few labelled images
 (the *support* set) lead to a network that classifies more images of the task (the *query* set). One
@@ -15,14 +15,15 @@ kml.py each entry has its own factor.
 
 The inner loop adapts theta *under* a fixed scale and shift. With --adapt modulated, the steps change these too.
 FiLM has to come *after* BatchNorm. Before BatchNorm it would be undone: the channel's mean would contain the
-shift, its deviation the (positive) scale, and BatchNorm removes both.
+shift, its deviation the factor 1 + scale (if positive), and BatchNorm removes both.
 
-A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command
-again continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
+A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command,
+given again, continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
-Two defaults depart from released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of one iteration are all different; both codes draw them with replacement from a batch of tasks,
-so that of 10 about 2 are repeats. --no-norm-affine does as MMAML's code, --repeat-tasks as both.
+Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
+none. And the tasks of one iteration are all different; both codes load a batch of tasks of each mode and draw
+with replacement from it, so that with two modes about 2 of 10 are repeats. --no-norm-affine follows MMAML's code,
+--repeat-tasks both codes.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -34,7 +35,7 @@ so that of 10 about 2 are repeats. --no-norm-affine does as MMAML's code, --repe
 Read it beside kml.py (`diff mmaml.py kml.py`): one modulation in place of another, nothing else.
 Run:  python mmaml.py --synthetic --quick     two minutes on two CPU cores, no download; prints accuracies
       python mmaml.py --modes omniglot miniimagenet --shots 5    MMAML; with --modulation none, MAML
-Left out: MMAML's regression and reinforcement learning, its recurrent task encoders.
+Left out: MMAML's regression and reinforcement learning, and its recurrent task encoders.
 """
 
 import math
@@ -80,7 +81,7 @@ REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, te
 
 # --------------------------------------------------------------------------------------------------- network
 # Pure functions of a flat dict of tensors. The base network: four times [3x3 convolution of stride 2,
-# BatchNorm, ReLU] with 32, 64, 128, 256 channels, the mean over the pixels left, a linear layer (the head).
+# BatchNorm, ReLU] with 32, 64, 128, 256 channels, the mean over the remaining pixels, and a linear layer (the head).
 
 
 def group(params, name):
@@ -172,7 +173,7 @@ def modulate(theta, omega):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; scales start near 0.09.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; FiLM's |scale| starts near 0.09.
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}
@@ -206,8 +207,9 @@ def init_params(args):
         for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
-    if args.embed == "constant":  # its norm is about that of the encoder's first v
+    if args.embed == "constant":
         params = {k: w for k, w in params.items() if not k.startswith("encoder.")}
+        # Its norm is about that of the encoder's v at the start of training.
         params["encoder.constant"] = torch.rand(EMBEDDING, generator=rng) / 4
     return params
 
@@ -219,7 +221,7 @@ def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, adapt to the support set, evaluate on the query set.
 
     Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
-    is the only training signal of all parameters. Its gradient reaches encoder and generator along two ways:
+    is the only training signal of all parameters. Its gradient reaches encoder and generator by two paths:
     through the modulated network that sees the query images, and through the inner steps, which see the support
     images. Numbers in comments are lines of KML's Algorithm 2.
     """
@@ -235,7 +237,7 @@ def task_loss(params, task, args, evaluate=False):
         logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # 8: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
+    # 8 (not shown there): MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
     # The steps stay in the graph, so the query loss is differentiated through them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
@@ -346,7 +348,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean query loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    """Take --iterations Adam steps on the mean query loss of --meta-batch tasks, from where the run left off."""
     T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)
@@ -476,7 +478,9 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")
-    p.add_argument("--inner-clip", type=float, default=20.0, help="bound of their gradient's entries (C: 20)")
+    p.add_argument(
+        "--inner-clip", type=float, default=20.0, help="bound on each entry of their gradient (C: 20)"
+    )
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (C: no)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks per iteration (C: 10)")
     p.add_argument("--repeat-tasks", action="store_true", help=REPEAT_HELP)
@@ -488,7 +492,7 @@ def add_algorithm_flags(p):
 def check(args, defaults):
     """Exit if flags contradict each other."""
     if args.adapt == "modulated" and args.modulation == "none":
-        fail("--adapt modulated --modulation none: plain MAML has nothing modulated; leave one of them out")
+        fail("--adapt modulated --modulation none: plain MAML modulates nothing; leave one of them out")
     if args.embed == "constant" and args.modulation == "none":
         fail("--embed constant --modulation none: plain MAML has no v; leave one of them out")
 

@@ -22,8 +22,8 @@ released code's cells start in the same way. With --start-at-one M starts near 1
     alpha, K       --alpha, --steps            0.1, 1 (K of Eq. 5, not shots)    Eq. 5
 
 --algorithm also takes the baselines of the paper's Figure 9: MAML, Meta-SGD, CAVIA, T-Net. Their inner steps stand
-below, one after another. (LEO, in its Table 1, is left out: it works on features of a network trained before.)
-`--algorithm maml --adapt conv3 conv4` is a control that the paper lacks: MAML on ModGrad's two layers, that is M = 1.
+below, one after another. (LEO, in the paper's Table 1, is left out: it works on the features of a pre-trained network.)
+`--algorithm maml --adapt conv3 conv4 --steps 1 --alpha 0.1` is a control that the paper lacks: ModGrad with M = 1.
 
 Read it beside mmaml.py: MAML's inner loop, with other steps in it.
 Run:  python modgrad.py --synthetic --quick     about two minutes on two CPU cores, no download; prints accuracies
@@ -88,8 +88,8 @@ NORMALISE = (
 
 
 # --------------------------------------------------------------------------------------------------- network
-# Pure functions of a flat dict of tensors. A network is a list of blocks, each a function of (params, x, norm) whose
-# parameters begin with its name; the last is the linear head. `norm` is BatchNorm by name (see Norm).
+# Pure functions of a flat dict of tensors. A network is a list of blocks, each a function of (params, name,
+# x, norm), whose name says which parameters are its own; the last is the linear head. `norm` is BatchNorm (see Norm).
 
 
 class Norm:
@@ -159,7 +159,7 @@ def block_stride(params, name):
 
 
 def basic_block(params, name, x, norm):
-    """ResNet's (He et al., CVPR 2016): two 3x3 convolutions around a shortcut."""
+    """ResNet's (He et al., CVPR 2016): two 3x3 convolutions, and a shortcut around them."""
     stride = block_stride(params, name)
     y = F.relu(norm(params, f"{name}.norm1", conv(params, f"{name}.conv1", x, stride)))
     y = norm(params, f"{name}.norm2", conv(params, f"{name}.conv2", y))
@@ -243,7 +243,7 @@ def run_blocks(params, x, norm, args, first=0, last=None):
 def normalise(x):
     """Images in [0, 1] -> minus ImageNet's mean, over its standard deviation, per colour.
 
-    By Python floats, because copying a tensor of constants to the GPU would make the host wait.
+    It has Python floats, because copying a tensor of constants to the GPU would make the host wait.
     """
     colours = []
     for colour, mean, deviation in zip(x.unbind(-3), *NORMALISE):
@@ -279,8 +279,8 @@ def init_params(args):
 
     conv4 and every linear layer start as PyTorch's own layers do, as in ModGrad's released code. The norm of the
     initial kernels matters. BatchNorm makes the network's output independent of it, but not a gradient step: the
-    change of a kernel W, relative to its norm, is proportional to 1 / |W|^2. The deep networks start as in
-    their authors' code: kernels are normal with variance 2 / (C_out * places), and there are no biases.
+    change of a kernel W, relative to its norm, is proportional to 1 / |W|^2. The convolutions of the deep networks
+    start as in their authors' code: normal with variance 2 / (C_out * places), and without biases.
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}
@@ -346,7 +346,7 @@ def init_generator(params, args, default):
             params[f"generator.{key}"] = torch.full(params[key].shape, args.alpha)
     elif args.algorithm == "cavia":
         default("generator.film", 2 * args.channels, args.context)
-        params["generator.film.weight"] *= math.sqrt(3)  # as CAVIA's code: Kaiming uniform with gain 1
+        params["generator.film.weight"] *= math.sqrt(3)  # as in CAVIA's code: Kaiming uniform with gain 1
     elif args.algorithm == "tnet":
         for layer, shape in layer_shapes(args).items():
             if len(shape) == 4:
@@ -386,7 +386,7 @@ def cavia_step(params, adapted, loss, args, clip):
 
 
 def tnet_step(params, adapted, loss, args, clip):
-    """W <- W - alpha * gradient(W) in layers T W x; T is fixed, and shapes gradients  (Lee and Choi, ICML 2018)"""
+    """W <- W - alpha * gradient(W) in layers T W x; T, which is meta-learned, shapes gradients  (Lee and Choi, ICML 2018)"""
     return maml_step(params, adapted, loss, args, clip)
 
 
@@ -515,11 +515,11 @@ def first_moving_block(args, keys):
 def augment(batch, number, args):
     """--augment: change the images of training batch `number` at random -> a batch.
 
-    Each image is cropped (to 60 to 100 % of its side), mirrored by chance, and changed in brightness, contrast and
+    Each image is cropped (to 60 to 100 % of its side), mirrored half the time, and changed in brightness, contrast and
     saturation by up to 40 %: the usual for deep networks since Qiao et al., CVPR 2018 (the paper gives no amounts).
     Drawn from seed and `number`, so that a continued run is the same run.
     """
-    seed = 1_000_003 * args.seed + number  # a stride, so that seeds share no generator
+    seed = 1_000_003 * args.seed + number  # a stride, so that no two seeds draw the same
     rng = torch.Generator().manual_seed(seed)
 
     def change(x):  # (T, n, 3, S, S)
@@ -546,7 +546,7 @@ def augment(batch, number, args):
 
 
 def best_on_validation(test, args):
-    """Evaluate the kept parameters that have the highest validation accuracy (paper protocol) on the test tasks.
+    """Evaluate on the test tasks those kept parameters whose validation accuracy (paper protocol) is highest.
 
     Returns what result.json says of them, or None if none were validated. It is reported in addition to the final
     checkpoint, never instead of it.
@@ -670,7 +670,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean query loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    """Take --iterations Adam steps on the mean query loss of --meta-batch tasks, from where the run left off."""
     T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)
@@ -755,7 +755,7 @@ def report(result, args):
     if best := result["best_on_validation"]:
         both = [best["accuracy"]["overall"], best["accuracy_inductive"]["overall"]]
         cells = ["{mean:.2f} +- {ci95:.2f}".format(**x) for x in both]
-        note = f"overall, after {best['iteration']} iterations: the highest validation accuracy of those kept"
+        note = f"overall, after {best['iteration']} iterations: of the kept ones, highest in validation"
         print(f"{'best on val.':16}{cells[0]:18}{cells[1]:18}{note}")
 
 
@@ -773,10 +773,10 @@ MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours unde
 STEPS_HELP = f"inner steps (P: 1 for ModGrad): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
 ADAPT_HELP = (
-    f"layers that the steps change, as conv3 conv4 head; all; or 'last two' convolutions: {column(2)}"
+    f"layers that the steps change, such as conv3 conv4 head; all; or 'last two' convolutions: {column(2)}"
 )
-ONE_HELP = "ModGrad's M starts near 1, as MAML, not near 0 (C: near 0)"
-CLIP_HELP = "bound of the inner gradient's entries (MMAML's; C: no clip)"
+ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 (C: near 0)"
+CLIP_HELP = "bound on each entry of the inner gradient (as in MMAML; C: none)"
 AUGMENT_HELP = "crop, mirror, recolour training images (P: the deep networks)"
 
 
@@ -827,7 +827,7 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help=ADAPT_HELP)
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
-    p.add_argument("--context", type=int, help="length of v (P: 300), of CAVIA's context (100)")
+    p.add_argument("--context", type=int, help="length of v (P: 300), or of CAVIA's context (100)")
     p.add_argument("--inner-clip", type=float, default=20.0, help=CLIP_HELP)
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
     p.add_argument("--meta-batch", type=int, default=3, help="T, tasks (episodes) per iteration (C: 3)")
@@ -863,11 +863,11 @@ def check(args):
         remedy = "its context modulates a layer of conv4; choose conv4"
         fail(f"--algorithm cavia --backbone {args.backbone}: {remedy}")
     if not args.adapt and args.algorithm != "cavia":
-        fail("--adapt context: only --algorithm cavia adapts a context; name layers, as conv3 conv4")
+        fail("--adapt context: only --algorithm cavia adapts a context; name layers, such as conv3 conv4")
     if args.start_at_one and args.algorithm != "modgrad":
         fail(f"--start-at-one --algorithm {args.algorithm}: M is ModGrad's; leave one of them out")
     if args.algorithm == "modgrad" and "all" in args.adapt:
-        remedy = "name layers instead, as conv3 conv4 head"
+        remedy = "name layers instead, such as conv3 conv4 head"
         fail(f"--algorithm modgrad --adapt all: BatchNorm's scale and shift have no cells; {remedy}")
     if args.keep_every and args.val_every and args.log_every:
         kept_unvalidated = args.keep_every % args.val_every

@@ -65,8 +65,8 @@ LAYERS = ("fc1", "fc2", "fc3", "fc4", "fc5")
 PARTS = ("base", "encoder", "generator")  # of the parameters; only the CNP has an encoder
 PROTOCOL = "mean squared error over all pixels and colours, the context included; colours in [0, 1]"
 QUICK = {"iterations": 400, "test_tasks": 200}
-# (steps, their size, adapted layers). ModGrad's paper has the numbers of steps and ModGrad's size; the sizes of MAML
-# and CAVIA are those of CAVIA's code.
+# (steps, their size, adapted layers). ModGrad's paper has the numbers of steps and ModGrad's step size; those of
+# MAML and CAVIA are from CAVIA's code.
 DEFAULTS = {
     "modgrad": (1, 0.1, ["fc5"]),
     "maml": (5, 0.1, ["all"]),
@@ -122,7 +122,7 @@ class Completions:
         self.device = torch.device(device)
         self.synthetic = synthetic
         if not 1 <= pixels <= image_size**2:
-            fail(f"--pixels {pixels}: an image has {image_size**2}; give a number from 1 to that")
+            fail(f"--pixels {pixels}: an image has {image_size**2}; give 1 to {image_size**2}")
         folder = prepare(mode, image_size, root, cache_dir, synthetic)
         self.folders = [folder.name]  # names what the images were made from
         self.contents = {mode: content_of(folder)}
@@ -165,7 +165,7 @@ class Completions:
         return np.concatenate(images)[places], np.concatenate(contexts)[places]
 
     def draw(self, block):
-        """Tasks block * 256 .. + 255, drawn at once -> images (256,), context pixels (256, k)."""
+        """The 256 tasks from number block * 256 on, drawn at once -> images (256,), context pixels (256, k)."""
         name = f"completion {self.mode} {self.split} {self.size} {self.pixels} {self.seed}"
         u = uniform(name, block, self.BLOCK * (1 + self.pixels))
         images = (u[: self.BLOCK] * len(self.images)).astype(np.int64)
@@ -191,7 +191,7 @@ class Completions:
         )
 
     def sha256(self, count):
-        """A hash of the first `count` tasks: the mode, its number of images, and the indices drawn."""
+        """A hash of the first `count` tasks: the mode, number and size of its images, and the indices drawn."""
         digest = hashlib.sha256(f"{self.mode} {len(self.images)} {self.size}".encode())
         for array in self.indices(0, count):
             digest.update(array.astype("<i8").tobytes())
@@ -292,7 +292,7 @@ def init_cell(params, args, default, name, n):
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient. Each returns
-# the new `adapted`. The text is that of modgrad.py.
+# the new `adapted`. The code is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -363,8 +363,8 @@ def modulation(params, v, like):
 def task_loss(params, task, args):
     """ONE task: adapt to the context pixels, evaluate on all pixels of the image.
 
-    Returns the mean squared error (), the only training signal of all parameters, and the colours (S*S, 3). Numbers
-    are lines of Algorithm 1.
+    Returns the mean squared error (), the only training signal of all parameters, and the colours (S*S, 3).
+    Numbers in comments are lines of Algorithm 1.
     """
     if args.algorithm == "cnp":
         context = encode(params, task.support_x, task.support_y)  # (C,)
@@ -442,7 +442,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean error of --meta-batch images, --iterations times, from where the run left off."""
+    """Take --iterations steps on the mean error of --meta-batch images, from where the run left off."""
     T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)
@@ -505,16 +505,18 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 
 
-STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5): {column(0)}"
+STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5 for the others): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
-ADAPT_HELP = f"layers that the steps change, as fc5 head; or all: {column(2)}"
+ADAPT_HELP = f"layers that the steps change, such as fc5 head; or all: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
-CLIP_HELP = "bound of the inner gradient's entries (C: none; it bounds each task's outer gradient by 10)"
+CLIP_HELP = (
+    "bound on each entry of the inner gradient (C: none, but each task's outer gradient is bounded by 10)"
+)
 
 
 def get_args(argv=None):
@@ -567,7 +569,7 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", nargs="+", metavar="LAYER", help=ADAPT_HELP)
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
     p.add_argument(
-        "--context", type=int, default=128, help="length of v, of CAVIA's and CNP's vector (P, C: 128)"
+        "--context", type=int, default=128, help="length of v, or of CAVIA's or CNP's vector (P, C: 128)"
     )
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
     p.add_argument("--inner-clip", type=float, default=10.0, help=CLIP_HELP)

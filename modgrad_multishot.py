@@ -710,7 +710,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean outer loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    """Take --iterations steps on the mean outer loss of --meta-batch tasks, from where the run left off."""
     T = args.meta_batch
     optimizer = OPTIMISERS[args.outer](params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)

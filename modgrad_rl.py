@@ -240,7 +240,7 @@ def init_cell(params, args, default, name, n):
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the loss on the step's rollouts as a function of it, and `clip` holds a gradient constant if
-# wanted. Each returns the new `adapted`. The text is that of modgrad.py.
+# wanted. Each returns the new `adapted`. The code is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):

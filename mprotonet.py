@@ -452,7 +452,7 @@ def size(params, part):
 
 
 def train(params, args, run):
-    """Minimise the mean query loss of --meta-batch tasks, --iterations times, from where the run left off."""
+    """Take --iterations Adam steps on the mean query loss of --meta-batch tasks, from where the run left off."""
     T = args.meta_batch
     optimizer = torch.optim.Adam(params.values(), lr=args.lr, fused=True)
     run.restore(optimizer)

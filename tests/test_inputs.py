@@ -267,7 +267,7 @@ def test_missing_data_says_what_to_do(tmp_path, capsys, monkeypatch):
         ("--log-every 0", "--log-every"),
         ("--seed 99999999999999999999999", "--seed"),
         ("--device cuda:99", "choose from cpu"),
-        ("--adapt modulated --modulation none", "plain MAML has nothing modulated"),
+        ("--adapt modulated --modulation none", "plain MAML modulates nothing"),
         ("--embed constant --modulation none", "plain MAML has no v"),
     ],
 )
