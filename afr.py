@@ -112,11 +112,11 @@ class MetaTasks:
 
 
 # --------------------------------------------------------------------------------------------------- network
-# Pure functions of a flat dict of tensors. `norm` is BatchNorm by name (see Norm).
+# Pure functions of a flat dict of tensors. `norm` is BatchNorm: a call names the layer (see Norm).
 
 
 class Norm:
-    """BatchNorm for one forward pass, by name: with the statistics of the batch x itself, which `used` keeps, or with `stats`.
+    """BatchNorm for one forward pass: with the statistics of the batch x itself, which `used` keeps, or with `stats`.
 
     Scale and shift come after torch.native_batch_norm: inside it, torch 2.13's vmap gets second derivatives wrong.
     """
@@ -366,8 +366,8 @@ def moves(key, kind, deep):
 def task_loss(params, task, args, kind, epsilon=None):
     """ONE subtask of the high-level task `kind`, in training. epsilon (B, C): what P-AM draws from N(0, 1).
 
-    Returns the loss () and the query outputs. The loss is the only training signal: Phi and theta learn from the pass
-    without w, Psi from the pass with w. Only classification has an inner loop in training (Fig. 4b).
+    Returns the loss () and the query outputs. The loss has two passes: Phi and theta learn from that without w, Psi
+    from that with w (and from P-AM's KL). Only classification has an inner loop in training (Fig. 4b).
     """
 
     def inner(params, w=None):
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on test classes of data sets not trained on -> {mode: the keys that result.json has for its own tasks}."""
+    """--transfer: evaluate on the test classes of other data sets -> {mode: the keys that result.json has for its own tasks}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -742,10 +742,10 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "data sets (default: miniimagenet; for other --tasks scenes, which are ray-cast; or a folder of yours with depth)"
+MODES_HELP = "data sets, or a folder of yours with depth (default: miniimagenet for classification alone, else ray-cast scenes)"
 ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
-HEAD_HELP = "the head of Eq. 5 adapts to maps with w (modulated) or without (plain)"
+HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"
 WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
 EMBED_HELP = (
@@ -757,7 +757,7 @@ def get_args(argv=None):
     """Read the command line -> args. `title`, `variant`, `strata` and `method` are worked out from it."""
     p = new_parser(__doc__, "P: the paper's value. docs/protocol.md has the reasons for ours.")
     add_algorithm_flags(p)
-    p.add_argument("--seed", type=int, default=0, help="of initial parameters, subtasks and P-AM's draws")
+    p.add_argument("--seed", type=int, default=0, help="of parameters, training subtasks, P-AM's draws")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes or --tasks together")
     p.add_argument("--transfer", nargs="+", default=[], metavar="MODE", help=TRANSFER_HELP)
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
@@ -858,7 +858,7 @@ def check(args):
         in_range = all(0 <= x < math.inf for x in values)
         if len(values) != len(args.tasks) or not in_range:
             typed = f"--{key.replace('_', '-')} {' '.join(map(str, values))}"
-            fail(f"{typed}: give 0 or more for each of --tasks {tasks}")
+            fail(f"{typed}: give one number >= 0 for each of --tasks {tasks}")
     for key in ("test_tasks", "val_tasks"):
         count = getattr(args, key)
         if count % len(args.tasks):

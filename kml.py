@@ -10,20 +10,22 @@ characters, birds, photographs). So a second, small network looks at the support
 128 numbers v, and changes theta accordingly: *each entry* of each kernel gets a factor of its own,
     W-hat = W * (1 + M(v))      b-hat = b + db(v)       M(v) = outer(g1(v), g2(v)), reshaped like W
 The 1 makes M a residual: W holds what all modes share, M says how this task departs from it, and where M is
-0, W is used as it is. FiLM, in mmaml.py, has one factor per output channel, so it can only turn a filter up or
-down; KML can turn it into another filter. (One positive factor for all entries of a filter would have no effect here:
-the BatchNorm that follows the convolution divides it out. This is why FiLM stands after BatchNorm.)
+0, W is used as it is. FiLM, in mmaml.py, has one factor and one shift per output channel, so it can turn a
+filter's output up or down and shift it; KML can turn the filter into another one. (One positive factor for all
+entries of a filter would have no effect here: the BatchNorm that follows the convolution divides it out. This is
+why FiLM stands after BatchNorm.)
 With the outer product the generator has 329,595 parameters; with an output of its own for each kernel entry it
 would have 50.1 million. The outer product limits M: as a C_out x 9 C_in matrix it has rank 1 in layer 1 (one
 pattern of 27 entries, times a factor per filter) and rank 3 in layers 2 to 4 (one pattern of 3 C_in entries,
 times a factor per third of a filter).
 
 The inner loop adapts theta *under* a fixed M: the network of each step is modulate(theta, omega). Algorithm 2
-shows no inner loop. The released codes of MMAML and KML modulate inside the forward pass; with KML's modulation
-there, MMAML's inner loop would adapt theta. A step of theta then moves an entry of W-hat (1 + M)^2 times as far
-as a step on W-hat itself would. --adapt modulated reads the algorithm's lines 7 and 8 the other way: there the
-steps change W-hat itself. In our runs (RESULTS.md) this reading is ahead of MAML, as in the paper, and the
-default is level with it.
+shows no inner loop, and no code was released for MMAML+KML. MMAML's code modulates inside the forward pass, and
+KML's for ProtoNet does so too. The default here is what the two give together: the inner loop adapts theta. A
+step of theta then moves an entry of W-hat (1 + M)^2 times as far as a step on W-hat itself would. But lines 7
+and 8 (make theta-hat; take its loss on the query set) can also be read so that the steps change W-hat itself.
+This is --adapt modulated. In our runs (RESULTS.md) it is ahead of MAML, as in the paper, and the default is level
+with it.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command,
 given again, continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
@@ -31,7 +33,7 @@ given again, continues a run that was stopped; on a CPU it ends with the same bi
 Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
 none. And the tasks of one iteration are all different; both codes load a batch of tasks of each mode and draw
 with replacement from it, so that with two modes about 2 of 10 are repeats. --no-norm-affine follows MMAML's code,
---repeat-tasks both codes.
+--repeat-tasks both codes, in training only.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -68,7 +70,7 @@ from data import (
     recorded,
 )
 
-# --modulation: the method's name in the paper's tables
+# --modulation: the method's name in the KML paper's tables
 METHODS = {"none": "MAML", "kml": "MMAML+KML"}
 MODULATION = "kml"  # the default
 LAYERS = (1, 2, 3, 4)
@@ -258,7 +260,7 @@ def task_loss(params, task, args, evaluate=False):
         logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # 8 (not shown there): MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
+    # Between 7 and 8, not shown there: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
     # The steps stay in the graph, so the query loss is differentiated through them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
@@ -458,7 +460,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the KML paper's value; C: that of MMAML's code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -493,7 +495,9 @@ def add_algorithm_flags(p):
         "--channels", type=int, default=32, help="of layer 1, doubled in each layer after it (C: 32)"
     )
     p.add_argument(
-        "--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (off; C: on)"
+        "--no-norm-affine",
+        action="store_true",
+        help="the base network's BatchNorm has no scale and shift (off; C: on)",
     )
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)

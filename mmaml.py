@@ -23,7 +23,7 @@ given again, continues a run that was stopped; on a CPU it ends with the same bi
 Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
 none. And the tasks of one iteration are all different; both codes load a batch of tasks of each mode and draw
 with replacement from it, so that with two modes about 2 of 10 are repeats. --no-norm-affine follows MMAML's code,
---repeat-tasks both codes.
+--repeat-tasks both codes, in training only.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
@@ -60,7 +60,7 @@ from data import (
     recorded,
 )
 
-# --modulation: the method's name in the paper's tables
+# --modulation: the method's name in the KML paper's tables
 METHODS = {"none": "MAML", "film": "MMAML"}
 MODULATION = "film"  # the default
 LAYERS = (1, 2, 3, 4)
@@ -237,7 +237,7 @@ def task_loss(params, task, args, evaluate=False):
         logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # 8 (not shown there): MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
+    # Between 7 and 8, not shown there: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
     # The steps stay in the graph, so the query loss is differentiated through them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
@@ -437,7 +437,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of MMAML's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the KML paper's value; C: that of MMAML's code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")
@@ -472,7 +472,9 @@ def add_algorithm_flags(p):
         "--channels", type=int, default=32, help="of layer 1, doubled in each layer after it (C: 32)"
     )
     p.add_argument(
-        "--no-norm-affine", action="store_true", help="BatchNorm without scale and shift (off; C: on)"
+        "--no-norm-affine",
+        action="store_true",
+        help="the base network's BatchNorm has no scale and shift (off; C: on)",
     )
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)

@@ -93,7 +93,7 @@ NORMALISE = (
 
 
 class Norm:
-    """BatchNorm for one forward pass, by name.
+    """BatchNorm for one forward pass: a call names the layer.
 
     It normalises with the statistics of the batch x itself, in training and in testing, and keeps them in `used`;
     or, given `stats` from another pass, with those. Scale and shift are not passed to torch.native_batch_norm: with
@@ -277,7 +277,7 @@ def factors(args, layer):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every algorithm.
 
-    conv4 and every linear layer start as PyTorch's own layers do, as in ModGrad's released code. The norm of the
+    conv4, the head and the cells start as PyTorch's own layers do, as in ModGrad's released code. The norm of the
     initial kernels matters. BatchNorm makes the network's output independent of it, but not a gradient step: the
     change of a kernel W, relative to its norm, is proportional to 1 / |W|^2. The convolutions of the deep networks
     start as in their authors' code: normal with variance 2 / (C_out * places), and without biases.
@@ -453,7 +453,7 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     """ONE task: adapt the layers in --adapt to the support set by --steps inner steps, evaluate on the query set.
 
     Returns the query loss (), the only training signal of all parameters; the query logits (N*Q, N); and, if
-    `evaluate`, the inductive logits. noise: dict like what is adapted, added to every inner gradient. Numbers
+    `evaluate`, the inductive logits. noise: dict like what is adapted, added to each step's gradient of it (tools/inspect_gradients.py gives it). Numbers
     in comments are lines of Algorithm 1.
     """
     support_x, query_x = normalise(task.support_x), normalise(task.query_x)
@@ -772,9 +772,7 @@ KEEP_HELP = "iterations between kept copies; the copy best in validation is test
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 STEPS_HELP = f"inner steps (P: 1 for ModGrad): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
-ADAPT_HELP = (
-    f"layers that the steps change, such as conv3 conv4 head; all; or 'last two' convolutions: {column(2)}"
-)
+ADAPT_HELP = f"layers that the steps change, such as conv3 conv4 head; all; or 'last two' convolutions. Defaults: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 (C: near 0)"
 CLIP_HELP = "bound on each entry of the inner gradient (as in MMAML; C: none)"
 AUGMENT_HELP = "crop, mirror, recolour training images (P: the deep networks)"
@@ -782,7 +780,7 @@ AUGMENT_HELP = "crop, mirror, recolour training images (P: the deep networks)"
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of its code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of its code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=600, help="over all modes together (P: 600)")

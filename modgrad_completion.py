@@ -65,7 +65,7 @@ LAYERS = ("fc1", "fc2", "fc3", "fc4", "fc5")
 PARTS = ("base", "encoder", "generator")  # of the parameters; only the CNP has an encoder
 PROTOCOL = "mean squared error over all pixels and colours, the context included; colours in [0, 1]"
 QUICK = {"iterations": 400, "test_tasks": 200}
-# (steps, their size, adapted layers). ModGrad's paper has the numbers of steps and ModGrad's step size; those of
+# (steps, their size, adapted layers). ModGrad's paper has all numbers of steps and its own step size; the step sizes of
 # MAML and CAVIA are from CAVIA's code.
 DEFAULTS = {
     "modgrad": (1, 0.1, ["fc5"]),
@@ -510,7 +510,7 @@ def column(i):
     return ", ".join(cells)
 
 
-STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5 for the others): {column(0)}"
+STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5 for MAML and CAVIA): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
 ADAPT_HELP = f"layers that the steps change, such as fc5 head; or all: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
@@ -521,7 +521,7 @@ CLIP_HELP = (
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="held-out images")
@@ -581,7 +581,7 @@ def add_algorithm_flags(p):
 
 
 def check_typed(args):
-    """Exit if a flag was typed that the algorithm has no use for."""
+    """Exit if --steps or --alpha was typed for the CNP, which makes no steps."""
     if args.algorithm == "cnp" and (args.steps is not None or args.alpha is not None):
         fail("--algorithm cnp makes no inner steps: leave --steps and --alpha out")
 

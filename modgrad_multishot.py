@@ -128,7 +128,7 @@ class Alphabets:
         mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
             than N characters are left out; of the others, sorted and shuffled with a fixed seed, 25 are for training, the next 10
             for testing, the rest for validation (Omniglot, N = 20: 46 = 25 + 10 + 11). The split of characters that
-            `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters, and
+            data.py's `Episodes` uses does not matter here. synthetic: an alphabet is N consecutive invented characters, and
             the next one starts two characters later. Characters 0 to 51 are for training, the next 24 for validation, then testing.
         shots: (fewest, most). split, image_size, seed, device and so on: as for `Episodes`.
 
@@ -791,7 +791,7 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 
@@ -808,7 +808,7 @@ LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; L: that of LEAP's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the paper's value; L: that of LEAP's code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-steps", type=int, default=100, help="steps in testing (L: 100)")
@@ -878,7 +878,7 @@ def check(args):
             fail(f"--adapt {layer}: no such layer; give all, or some of {' '.join(LAYERS)} head")
     least, most = args.shots
     if not 1 <= least <= most:
-        fail(f"--shots {least} {most}: give two numbers from 1 on, the smaller one first")
+        fail(f"--shots {least} {most}: give two numbers of 1 or more, the smaller one first")
 
 
 def main():

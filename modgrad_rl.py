@@ -29,7 +29,7 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
       python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
 
 The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
-entries and u = 5, as in the paper's regression; and for Eq. 9 the loss after the trial step, on the same rollouts, corrected by
+entries and u = 5, as in the paper's regression; and for Eq. 9 the loss after a step with v = 0, on the same rollouts, corrected by
 the ratio of new to old probabilities, so that ModGrad uses no more rollouts than the others. The step size is 30, which makes
 the first steps about as long as MAML's. The entries of M that are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in
 biases, so with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On
@@ -387,7 +387,7 @@ def advantages(observation, reward, mask, args):
 
 
 def baseline(observation, returns, mask):
-    """Fit returns (T, R, H) by a linear function of features of the state, per task -> its values (T, R, H)."""
+    """Fit returns (T, R, H) by a linear function of features of state and time, per task -> its values (T, R, H)."""
     H = returns.shape[-1]
     steps = torch.arange(H, device=returns.device, dtype=torch.float64) / 100
     t = steps.expand(returns.shape)[..., None]
@@ -705,12 +705,12 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) if isinstance(row[i], list) else row[i]
+        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 
 
-HORIZON_HELP = f"H, steps of a rollout (P, C: 200 for the half-cheetah): {HORIZON}"
+HORIZON_HELP = "H, steps of a rollout (P, C: 200 for the half-cheetah; navigation has 100)"
 ALPHA_HELP = f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)"
 HALVE_HELP = "in testing, halve the step size from the second update on (C and ours: for MAML only)"
 ADAPT_HELP = f"layers that the step changes, such as fc2 mean; or all: {column(1)}"
@@ -724,7 +724,7 @@ FISHER_HELP = (
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of CAVIA's code.")
     add_algorithm_flags(p)
     p.add_argument(
         "--seed", type=int, default=0, help="of initial parameters, training tasks and training rollouts"

@@ -130,7 +130,7 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if f"film{l}.scale" in params:  # Eq. 3: after BatchNorm, before ReLU
+        if f"film{l}.scale" in params:  # KML's Eq. 3: after BatchNorm, before ReLU
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)
@@ -322,7 +322,7 @@ def task_loss(params, task, args, evaluate=False):
     return loss, logits, classify(stats)
 
 
-# The control `--embed other`: training is as stable as with the task's own v, but v knows nothing of the task.
+# The control `--embed other`: v varies from task to task as the task's own would, but knows nothing of the task.
 
 
 class BlindTask(NamedTuple):
@@ -337,7 +337,7 @@ class BlindTask(NamedTuple):
 
 
 class BlindEpisodes(Episodes):
-    """Episodes whose tasks come with the support images of another task, of any mode (rarely, their own).
+    """Episodes whose tasks come with the support images of another task, of any mode (rarely, of their own task).
 
     The other task is drawn at random from the task's own block: BLOCK = 256 tasks of each mode.
     """
@@ -542,7 +542,7 @@ def report(result, args):
 
 def get_args(argv=None):
     """Read the command line -> args. `title`, `variant` and `method` are worked out from it."""
-    p = new_parser(__doc__, "P: the paper's value; C: that of KML's code, and our default unless noted.")
+    p = new_parser(__doc__, "P: the paper's value; C: that of KML's code.")
     add_algorithm_flags(p)
     p.add_argument("--seed", type=int, default=0, help="of initial parameters and training tasks")
     p.add_argument("--test-tasks", type=int, default=1000, help="over all modes together (P: 1000)")

@@ -18,10 +18,10 @@ opposite (negative). Many source tasks i give a histogram.
 
 The paper calls a transfer *neutral* if it changes the target's accuracy by less than 0.05 points. It does not say which
 change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) against
-LR - 1, fitted by least squares over all pairs, from both of which each target's mean is subtracted. Accuracy moves in steps of whole images, so s
+LR - 1, fitted by least squares over all pairs (i, j), after each target's mean is subtracted from both. Accuracy moves in steps of whole images, so s
 is uncertain, and so is what counts as neutral. Intervals therefore come from resampled sources and targets, with s fitted
-anew each time. Where s is not certainly negative (which means that accuracy rises as the loss falls), there is no neutral zone, and only the
-share with LR < 1 is given.
+anew each time. Where s is not certainly negative (which means that accuracy rises as the loss falls), there is no neutral zone, and of the
+shares only that with LR < 1 is given.
 
 What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
 task takes the loss of this same task to 0.95 of what it was (median over tasks). (One step cannot take every network's loss
@@ -683,7 +683,7 @@ def matrix(args, state):
 def trajectories(args, runs, experiment):
     """Figure 2: LR of source tasks to the first target at every kept state.
 
-    Returns {method: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are the
+    Returns {label: [{"iteration", "alpha", "LR", "best", "worst"}, ...]}; the last two are the
     indices of the source tasks of lowest and highest LR in the middle of training.
     """
     target = some(experiment.targets, 1)

@@ -48,11 +48,24 @@ AT_LEAST = {  # smallest value of a number; 0 for all others
 AT_MOST = {"image_size": 1024}  # larger images would not fit a batch into any memory
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts that end with the default, unless there is none (an algorithm has its own, or the flag is a switch)."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
 def new_parser(docstring, legend):
     """An argument parser that describes itself by the first line of `docstring`, and ends errors by one line."""
     about = (docstring or "").strip().split("\n")[0]  # python -OO drops docstrings
     steady_output()
-    parser = argparse.ArgumentParser(description=f"{about} {legend}", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=f"{about} {legend}", allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.error = fail
     return parser
 
@@ -79,7 +92,8 @@ def add_device_flags(p, threads=True, graph=False, precision="bf16: convolutions
 
 def add_run_flags(p, quick, keep="iterations between kept parameters"):
     """Add the flags of the run's folder. quick: the presets of --quick."""
-    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {quick}")
+    presets = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in quick.items())
+    p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {presets}")
     p.add_argument(
         "--out", type=user_path, help="folder of the run (runs/<name>); the same command continues it"
     )

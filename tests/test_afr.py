@@ -481,7 +481,7 @@ def test_an_afr_run_from_start_to_end_and_its_continuation(method, tmp_path, cac
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--algorithm maml --modulation am", "leave one of them out"),
+        ("--algorithm maml --modulation am", "leave one of the two flags out"),
         ("--tasks flow", "invalid choice"),
         ("--alpha 0.1 0.2", "for each of --tasks classification"),
         ("--alpha -1", "--alpha -1"),

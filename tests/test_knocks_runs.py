@@ -1,8 +1,10 @@
 """Tests: hard knocks for runs. Readers of the output that go away, data that change, flags that cannot be meant."""
 
+import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -158,6 +160,9 @@ def test_ctrl_c_at_a_terminal_reaches_the_cells(tmp_path, cache):
     if child == 0:
         os.chdir(HERE)
         os.environ["PYTHON"] = sys.executable
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # whoever started the tests may ignore it, and that is inherited
         os.execvp("bash", ["bash", "-c", command])
 
     def drain():
@@ -173,6 +178,10 @@ def test_ctrl_c_at_a_terminal_reaches_the_cells(tmp_path, cache):
         time.sleep(0.1)
     time.sleep(0.5)
     os.write(terminal, b"\x03")
+    while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # nothing is left of it, unless Ctrl-C was not heard
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 1
     assert (log.parent / "checkpoint.pt").exists()

@@ -389,7 +389,7 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
     )
     for bad, said in (
         ("--algorithm cavia --adapt fc1", "leave --adapt out"),
-        ("--adapt fc9", "choose from"),
+        ("--adapt fc9", "no such layer; give all"),
         ("--adapt all", "a cell is for"),
         ("--rollouts 0", "1 or more"),
         ("--fisher-fraction 0", "1e-06 or more"),
