@@ -86,7 +86,7 @@ ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itsel
 EMBED_HELP = (
     "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
 )
-REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, test tasks too)"
+REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -196,7 +196,8 @@ def modulate(theta, omega):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; |M| starts near 0.006.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest. The mean of |M| starts at 0.006, its
+    root mean square at 0.01.
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}

@@ -76,7 +76,7 @@ ADAPT_HELP = "what inner steps change: theta alone, or FiLM's scale and shift to
 EMBED_HELP = (
     "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
 )
-REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, test tasks too)"
+REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -173,7 +173,8 @@ def modulate(theta, omega):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; FiLM's |scale| starts near 0.09.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest. The mean of FiLM's
+    |scale| starts at 0.09.
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}

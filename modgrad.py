@@ -267,7 +267,7 @@ def adapted_keys(args, params):
 
 
 def factors(args, layer):
-    """Sizes (n1, n2) of the two factors whose outer product is M for a layer's weight (ModGrad's n = n1 * n2)."""
+    """Sizes (n1, n2) of the two factors whose outer product is M for a layer's weight, of n1 * n2 entries."""
     c_out, c_in, *size = layer_shapes(args)[layer]
     if size == [3, 3] and c_in > 3:
         return 3 * c_out, 3 * c_in  # a 3x3 kernel (C_out, C_in, 3, 3) seen as near-square
@@ -363,8 +363,8 @@ def init_cell(params, args, default, name, n):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
-# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient (and adds noise to it,
-# where task_loss is given noise). Each returns the new `adapted`.
+# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient (with --first-order it detaches
+# it too, and it adds task_loss's noise, if any). Each returns the new `adapted`.
 
 
 def maml_step(params, adapted, loss, args, clip):

@@ -291,8 +291,8 @@ def init_cell(params, args, default, name, n):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
-# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient. Each returns
-# the new `adapted`. The code is that of modgrad.py.
+# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient (with --first-order it
+# detaches it too). Each returns the new `adapted`. The code is that of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):

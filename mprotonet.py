@@ -17,7 +17,7 @@ As a C_out x 9 C_in matrix, M has rank 1 in layer 1 and rank 3 in layers 2 to 4:
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  KML Section 5.1
     g            modulation                  generator.*             KML Section 5.1; Eq. 8, 9, Figure 4
-    M^l, db^l    omega["conv{l}.weight"]...  like W^l, like b^l      KML Eq. 8, 9
+    M^l, db^l    omega["conv{l}.weight"]...  entries of W^l, b^l      KML Eq. 8, 9
     theta-hat    modulate                    like theta              KML Eq. 6, 7
     c_k          prototypes                  (N, D)                  Snell Eq. 1; D = 9,216 at 84 pixels
     d            squared_distances           (N*Q, N)                Snell Eq. 2
@@ -79,7 +79,7 @@ INIT_SCALE_HELP = (
     "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
 )
 DISTANCE_SCALE_HELP = "logits are minus this times the squared distances (P, C: 1)"
-REPEAT_HELP = "draw training tasks with replacement (our default: no; C: yes, test tasks too)"
+REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -235,7 +235,8 @@ def modulate(theta, omega, one=1):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest; |M| starts near 0.006.
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest. The mean of |M| starts at 0.006, its
+    root mean square at 0.01 (--generator full: 0.09 and 0.11).
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}
@@ -608,8 +609,8 @@ def check(args, defaults):
     for flag, modulations in meant_for.items():
         if getattr(args, flag) != defaults[flag] and args.modulation not in modulations:
             fail(
-                f"--{flag.replace('_', '-')} (also set by --official) means nothing with "
-                f"--modulation {args.modulation}: give --modulation {' or '.join(modulations)}"
+                f"--{flag.replace('_', '-')} means nothing with --modulation {args.modulation} (--official may have set it): "
+                f"give --modulation {' or '.join(modulations)}"
             )
 
 
