@@ -553,7 +553,7 @@ def units(scores, domains):
 
 
 def summary(per_task, modes, domains):
-    """Measures of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}.
+    """Measures of tasks, where modes (data sets) take turns -> {"overall" and each mode: {"mean", "ci95"}}.
 
     Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     domains: {mode: how many}, see `units`; a mode with several of them has Student's t in place of 1.96.

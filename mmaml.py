@@ -316,7 +316,7 @@ def evaluate(params, episodes, count, args):
 
 
 def summary(per_task, modes):
-    """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
+    """Accuracies of tasks, where modes (data sets) take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
     Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """

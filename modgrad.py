@@ -5,12 +5,13 @@ Paper: Simon, Koniusz, Nock, Harandi: On Modulating the Gradient for Meta-Learni
 The idea. The gradient of a support set of a few images is noisy, and MAML follows all of it alike. ModGrad learns
 which parts to follow: in a step, each entry of the gradient has a factor of its own, made for this task,
     theta <- theta - alpha * M(v) * gradient(theta)         M = ReLU(outer(h1 a1, h2 a2))          Eq. 5, 8
-M comes from a *cell* per adapted layer. Two sister networks look at a context v. Each makes u columns (h), and,
-by a softmax, u weights for them (a); h a is their weighted sum. The outer product of the two sums has as many entries as
-the layer's kernel. v describes the task. With v = 0 a trial step is made; v is then the negative gradient, with
-respect to v, of the loss after that step (Eq. 9): the direction in which the step would have been better. So a step
-of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly anything adapts; the
-released code's cells start in the same way. With --start-at-one M starts near 1: MAML on the same layers.
+M comes from a *cell* per adapted layer. In it two sister networks look at a context v. (A third is for the bias.) Each
+makes u columns (h), and, by a softmax, u weights for them (a); h a is their weighted sum. The outer product of the two
+sums has as many entries as the layer's kernel. v describes the task. With v = 0 a trial step is made; v is then the
+negative gradient, with respect to v, of the loss after that step (Eq. 9): the direction in which the step would have
+been better. So a step of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly
+anything adapts; the released code's cells start in the same way. With --start-at-one M starts near 1: MAML on the same
+layers.
 
     paper          here                        shape or keys                     where
     theta          group(params, "base")       conv{l} norm{l} head              the network
@@ -363,8 +364,8 @@ def init_cell(params, args, default, name, n):
 
 # ----------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
-# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient (with --first-order it detaches
-# it too, and it adds task_loss's noise, if any). Each returns the new `adapted`.
+# that adapt, `loss` is the support loss as a function of it, and `clip` bounds a gradient, detaches it with
+# --first-order, and adds task_loss's noise, if there is any. Each returns the new `adapted`.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -637,7 +638,7 @@ def evaluate(params, episodes, count, args):
 
 
 def summary(per_task, modes):
-    """Accuracies of tasks, where modes take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
+    """Accuracies of tasks, where modes (data sets) take turns -> {"overall" and each mode: {"mean", "ci95"}}, in %.
 
     Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     """

@@ -512,7 +512,7 @@ def column(i):
 
 STEPS_HELP = f"K, inner steps (P: 1 for ModGrad, 5 for MAML and CAVIA): {column(0)}"
 ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
-ADAPT_HELP = f"layers that the steps change, such as fc5 head; or all: {column(2)}"
+ADAPT_HELP = f"layers that the steps change, such as fc5 head, or all. Defaults: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 CLIP_HELP = (
     "bound on each entry of the inner gradient (C: none, but each task's outer gradient is bounded by 10)"

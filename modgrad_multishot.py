@@ -451,8 +451,7 @@ def init_cell(params, args, default, name, n):
 # ------------------------------------------------------------------------------------------------- inner steps
 # Each takes (params, adapted, loss, args, clip): `adapted` holds what the steps so far have made of the parameters
 # that adapt, `loss` is the loss on the step's batch as a function of it, and `clip` bounds a gradient (with
-# --first-order it detaches it too). Each returns the new `adapted`. The code of the first two is that of
-# modgrad.py.
+# --first-order it detaches it too). Each returns the new `adapted`. The first two are those of modgrad.py.
 
 
 def maml_step(params, adapted, loss, args, clip):
@@ -801,7 +800,7 @@ SHOTS_NAMES = ("LEAST", "MOST")
 SHOTS_HELP = "training drawings per class, any number from LEAST to MOST (P: 1 to 25; L: 15 15)"
 STEPS_HELP = f"K, inner steps in training (L: 100, MAML 5): {column(0)}"
 ALPHA_HELP = f"their size (L: 0.1): {column(1)}"
-ADAPT_HELP = f"layers that the steps change, such as conv4 head; or all: {column(2)}"
+ADAPT_HELP = f"layers that the steps change, such as conv4 head, or all. Defaults: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 OUTER_HELP = f"outer optimiser (P: adam; L: sgd): {column(3)}"
 LR_HELP = f"its learning rate (P: 1e-3; L: 0.1, FOMAML and MAML 0.5): {column(4)}"

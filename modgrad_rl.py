@@ -29,11 +29,12 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
       python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
 
 The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
-entries and u = 5, as in the paper's regression; and for Eq. 9 the loss after a step with v = 0, on the same rollouts, corrected by
-the ratio of new to old probabilities, so that ModGrad uses no more rollouts than the others. The step size is 30, which makes
-the first steps about as long as MAML's. The entries of M that are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in
-biases, so with the 0.1 of the paper's other experiments the policy would not move. ReLU applies to the M of kernels only. On
-the M of biases, which is no product, it made line searches fail: at v = 0, before Eq. 9, ReLU zeroes the same entries in all
+entries and u = 5 columns, as in the paper's regression; and for Eq. 9, where v is minus a loss's gradient, the loss after a
+step with v = 0, on the same rollouts, corrected by the ratio of new to old probabilities, so that ModGrad uses no more
+rollouts than the others. The step size is 30, which makes the first steps about as long as MAML's. The entries of M that
+are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in biases, so with the 0.1 of the paper's other experiments the
+policy would not move. ReLU applies to the M of kernels only. On the M of biases, which is no product, it made line searches
+fail: at v = 0, before Eq. 9, ReLU zeroes the same entries in all
 tasks, and when an outer step makes one of them positive, v jumps in most tasks.
 """
 
@@ -318,9 +319,10 @@ def start(params, args):
 def policy_loss(params, adapted, rollouts):
     """Minus the mean over all steps of ratio * advantage: the ratio of an action's probability now to that when drawn.
 
-    Where nothing has changed yet, its gradient is minus the policy gradient, E[advantage * grad log pi]; elsewhere the
-    ratio corrects for the actions, not for the states visited, as Eq. 9 and TRPO need it. (CAVIA's code has log pi in the inner step. That gives the same
-    step, but its second derivative lacks a part of that of the return; see Rothfuss et al., ICLR 2019.)
+    Where nothing has changed yet, its gradient is minus the policy gradient, E[advantage * grad log pi]; elsewhere, as in
+    Eq. 9, the ratio corrects for the actions, though not for the states visited. (CAVIA's code has log pi in the inner
+    step. That gives the same step, but its second derivative lacks a part of that of the return; see Rothfuss et al., ICLR
+    2019.)
     """
     mean = forward(params | adapted, rollouts.observation, adapted.get("context"))
     log_std = (params | adapted)["log_std"]
@@ -713,7 +715,7 @@ def column(i):
 HORIZON_HELP = "H, steps of a rollout (P, C: 200 for the half-cheetah; navigation has 100)"
 ALPHA_HELP = f"size of the inner step: {column(0)}; CAVIA on the half-cheetah 10 (ours; C: 1)"
 HALVE_HELP = "in testing, halve the step size from the second update on (C and ours: for MAML only)"
-ADAPT_HELP = f"layers that the step changes, such as fc2 mean; or all: {column(1)}"
+ADAPT_HELP = f"layers that the step changes, such as fc2 mean, or all. Defaults: {column(1)}"
 CONTEXT_HELP = "length of v (128) or of CAVIA's vector (C: 5; for the half-cheetah 50, ours)"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 FISHER_HELP = (

@@ -17,11 +17,11 @@ opposite (negative). Many source tasks i give a histogram.
     i = j        self-transference           what a step on the target itself would do: the most to hope for
 
 The paper calls a transfer *neutral* if it changes the target's accuracy by less than 0.05 points. It does not say which
-change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points) against
-LR - 1, fitted by least squares over all pairs (i, j), after each target's mean is subtracted from both. Accuracy moves in steps of whole images, so s
-is uncertain, and so is what counts as neutral. Intervals therefore come from resampled sources and targets, with s fitted
-anew each time. Where s is not certainly negative (which means that accuracy rises as the loss falls), there is no neutral zone, and of the
-shares only that with LR < 1 is given.
+change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points)
+against LR - 1, fitted by least squares over all pairs (i, j), after each target's mean is subtracted from both. Accuracy
+moves in steps of whole images, so s is uncertain, and so is what counts as neutral. Intervals therefore come from resampled
+sources and targets, with s fitted anew each time. Where the interval of s is not all below 0 (s < 0: accuracy rises as the
+loss falls), there is no neutral zone, and of the shares only that with LR < 1 is given.
 
 What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
 task takes the loss of this same task to 0.95 of what it was (median over tasks). (One step cannot take every network's loss
@@ -760,7 +760,7 @@ AT_HELP = (
     "(mprotonet.py --keep-every)"
 )
 SHARED_HELP = "a class, or copies of a file, may be in two splits"
-CHECKPOINT_HELP = "folders of mprotonet.py runs, or files that --export wrote; several are overlaid"
+CHECKPOINT_HELP = "folders of mprotonet.py runs, or files that --export wrote; several are compared"
 UPDATE_HELP = "what the step changes: all meta-parameters, or the base network alone"
 LEVEL_HELP = "with --alpha auto: the median LR(j -> j) of validation targets"
 SWEEP_HELP = f"the shares at {', '.join(map(str, SWEEP))} times alpha too"
