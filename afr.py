@@ -27,7 +27,7 @@ Run:  python afr.py --synthetic --quick     about two minutes on two CPU cores, 
       python -m tools.attention_report RUN        the paper's Figure 3, of a finished run
 
 What the paper leaves open, and the reason for each value of ours: docs/protocol.md, "Attentive feature reuse".
-Left out: BMAML, EMAML and the other rows that Table 2 takes from other papers; the MMT data, never released.
+Left out: BMAML, EMAML and the other rows that Table 2 takes from other papers; the MMT (multi meta-task) data, never released.
 """
 
 import argparse
@@ -454,7 +454,7 @@ def draws(number, args):
     """P-AM's epsilon (T, J, B, C) for iteration `number`: from seed and number, so a continued run is the same run."""
     if args.modulation != "pam":
         return None
-    seed = 1_000_003 * args.seed + 100 + number  # 0 to 4 are taken: see init_params
+    seed = 1_000_003 * args.seed + 100 + number  # offsets 1 to 4 are taken: see init_params
     rng = torch.Generator().manual_seed(seed)
     shape = args.meta_batch, len(args.tasks), 4, args.filters
     return torch.randn(shape, generator=rng).to(args.device)
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on the test classes of other data sets -> {mode: the keys that result.json has for its own tasks}."""
+    """--transfer: evaluate on the test classes of other data sets -> {mode: what result.json says of the run's own tasks}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -804,7 +804,7 @@ def add_algorithm_flags(p):
     p.add_argument("--queries", type=int, default=15, help="Q, queries per class; in a domain, N*Q in all")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
-    p.add_argument("--steps", type=int, default=5, help="inner steps, in training and testing")
+    p.add_argument("--steps", type=int, default=5, help="inner steps (in training: of classification)")
     p.add_argument("--alpha", type=float, nargs="+", metavar="A", help=ALPHA_HELP)
     p.add_argument("--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient")
     p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")

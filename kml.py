@@ -40,7 +40,7 @@ with replacement from it, so that with two modes about 2 of 10 are repeats. --no
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  Section 5.1
     g            modulation                  generator.conv{l}.*     Eq. 8, 9, Figure 4
-    M^l, db^l    omega["conv{l}.weight"]...  (rows, cols), like b^l     Eq. 8, 9
+    M^l, db^l    omega["conv{l}.weight"]...  a matrix, (C_out,)      Eq. 8, 9
     theta-hat    modulate                    like theta              Eq. 6, 7
 
 Read it beside mmaml.py (`diff mmaml.py kml.py`): one modulation in place of another, nothing else.

@@ -17,7 +17,7 @@ As a C_out x 9 C_in matrix, M has rank 1 in layer 1 and rank 3 in layers 2 to 4:
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  KML Section 5.1
     g            modulation                  generator.*             KML Section 5.1; Eq. 8, 9, Figure 4
-    M^l, db^l    omega["conv{l}.weight"]...  entries of W^l, b^l      KML Eq. 8, 9
+    M^l, db^l    omega["conv{l}.weight"]...  a matrix, (C_out,)      KML Eq. 8, 9
     theta-hat    modulate                    like theta              KML Eq. 6, 7
     c_k          prototypes                  (N, D)                  Snell Eq. 1; D = 9,216 at 84 pixels
     d            squared_distances           (N*Q, N)                Snell Eq. 2
