@@ -553,7 +553,7 @@ def units(scores, domains):
 
 
 def summary(per_task, modes, domains):
-    """Measures of tasks, where modes (data sets) take turns -> {"overall" and each mode: {"mean", "ci95"}}.
+    """Measures of tasks, where data sets, or high-level tasks, take turns -> {"overall" and each mode: {"mean", "ci95"}}.
 
     Overall is the mean of the modes' means, with +- 1.96 sqrt(sum_m s_m^2 / n_m) / len(modes): modes are strata.
     domains: {mode: how many}, see `units`; a mode with several of them has Student's t in place of 1.96.
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on the test classes of other data sets -> {mode: what result.json says of the run's own tasks}."""
+    """--transfer: evaluate on the test classes of other data sets -> {mode: of its tasks, what result.json says of the run's own}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -742,7 +742,7 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "data sets, or a folder of yours with depth (default: miniimagenet for classification alone, else ray-cast scenes)"
+MODES_HELP = "data sets (default: miniimagenet), or for other --tasks ray-cast scenes (their default), or a folder with depth images"
 ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"

@@ -772,7 +772,7 @@ BACKBONES = ("conv4", "resnet34", "wrn28-10")
 KEEP_HELP = "iterations between kept copies; the copy best in validation is tested too; 0: none"
 MODES_HELP = "omniglot miniimagenet fc100 cub aircraft, or folders of yours under the data root"
 STEPS_HELP = f"inner steps (P: 1 for ModGrad): {column(0)}"
-ALPHA_HELP = f"their size (P: 0.1 for ModGrad): {column(1)}"
+ALPHA_HELP = f"their size; of Meta-SGD at the start (P: 0.1 for ModGrad): {column(1)}"
 ADAPT_HELP = f"layers that the steps change, such as conv3 conv4 head; all; or 'last two' convolutions. Defaults: {column(2)}"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 (C: near 0)"
 CLIP_HELP = "bound on each entry of the inner gradient (as in MMAML; C: none)"
