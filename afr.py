@@ -62,7 +62,7 @@ METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "
 PARTS = ("backbone", "head", "attention")  # of the parameters
 PROTOCOLS = {
     "paper": "BatchNorm statistics of the query images together, as in all published numbers",
-    "inductive": "BatchNorm statistics of the adapted network on the support images",
+    "inductive": "BatchNorm statistics of the support images, in the adapted network (NIL: before it adapts)",
 }
 KEYS = ("accuracy", "accuracy_inductive", "nil_or_error", "nil_or_error_inductive")  # see `measures`
 PER_TASK = ("per_task", "per_task_inductive", "per_task_nil_or_error", "per_task_nil_or_error_inductive")
@@ -668,7 +668,7 @@ def log(params, batches, epsilon, args, run, validate):
 
 
 def transfer(params, args):
-    """--transfer: evaluate on the test classes of other data sets -> {mode: of its tasks, what result.json says of the run's own}."""
+    """--transfer: evaluate on the test classes of other data sets -> {mode: {"accuracy" and so on, as in result.json}}."""
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
@@ -742,7 +742,7 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "data sets (default: miniimagenet), or for other --tasks ray-cast scenes (their default), or a folder with depth images"
+MODES_HELP = "data sets, for classification alone (default: miniimagenet); else scenes (the default) or a folder with depth images"
 ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"
@@ -801,7 +801,7 @@ def add_algorithm_flags(p):
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
-    p.add_argument("--queries", type=int, default=15, help="Q, queries per class; in a domain, N*Q in all")
+    p.add_argument("--queries", type=int, default=15, help="Q, queries per class; or N*Q without classes")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
     p.add_argument("--steps", type=int, default=5, help="inner steps (in training: of classification)")
