@@ -61,7 +61,7 @@ KINDS = ("classification", "depth", "normals", "vanishing")  # high-level tasks
 METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "AM", ("anil", "pam"): "P-AM"}
 PARTS = ("backbone", "head", "attention")  # of the parameters
 PROTOCOLS = {
-    "paper": "BatchNorm statistics of the query images together, as in all published numbers",
+    "paper": "BatchNorm statistics of the query images together, as in the papers' numbers",
     "inductive": "BatchNorm statistics of the support images, in the adapted network (NIL: before it adapts)",
 }
 KEYS = ("accuracy", "accuracy_inductive", "nil_or_error", "nil_or_error_inductive")  # see `measures`
@@ -290,7 +290,7 @@ def init_head(draw, kind, args):
 
 
 def init_attention(draw, kind, args):
-    """Add the attention module of a high-level task. Its last layer starts at zero, and so does w's mean."""
+    """Add the attention module of a high-level task. The weights of its last layer start at zero, and so does w's mean."""
     name = f"attention.{kind}"
     maps = 4 * args.filters
     bias = torch.zeros(maps)
@@ -801,7 +801,7 @@ def add_algorithm_flags(p):
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
     p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
-    p.add_argument("--queries", type=int, default=15, help="Q, queries per class; or N*Q without classes")
+    p.add_argument("--queries", type=int, default=15, help="Q, queries per class (regression: N*Q in all)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
     p.add_argument("--steps", type=int, default=5, help="inner steps (in training: of classification)")

@@ -60,7 +60,7 @@ from data import (
 METHODS = {"modgrad": "ModGrad", "maml": "MAML", "metasgd": "Meta-SGD", "cavia": "CAVIA", "tnet": "T-Net"}
 PARTS = ("base", "encoder", "generator")  # of the parameters; no algorithm here has an encoder
 PROTOCOLS = {
-    "paper": "BatchNorm statistics of the query images together, as in all published numbers",
+    "paper": "BatchNorm statistics of the query images together, as in the papers' numbers",
     "inductive": "BatchNorm statistics of the adapted network on the support images",
 }
 QUICK = {

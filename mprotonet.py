@@ -62,7 +62,7 @@ LAYERS = (1, 2, 3, 4)
 EMBEDDING = 128  # length of the task embedding v
 PARTS = ("base", "encoder", "generator")  # of the parameters
 PROTOCOLS = {
-    "paper": "BatchNorm statistics of the query images together, as in all published numbers",
+    "paper": "BatchNorm statistics of the query images together, as in the papers' numbers",
     "inductive": "BatchNorm statistics of the adapted network on the support images",
 }
 QUICK = {"image_size": 28, "meta_batch": 4, "iterations": 220, "test_tasks": 200}
