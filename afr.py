@@ -8,8 +8,8 @@ ANIL adapts the head alone to a subtask (Eq. 2). The attention module h looks at
 it, and at its labels, and says which feature maps this subtask does not need:
     w = h(x, y)          activations of every block <- (1 - w) * activations, in a second forward pass
 The backbone learns from the pass without w (Eq. 4), h from the pass with it (Eq. 5), in which the backbone is held fixed.
-P-AM makes w a Gaussian. In training w is drawn from q, the Gaussian that h makes of the query set and its labels; and p,
-the Gaussian that h makes of the support set, is pulled towards q. At test w is the mean of p.
+P-AM makes w a Gaussian. In training w is drawn from q, the Gaussian that h makes of the query set and its labels; and a
+KL divergence pulls q and p, the Gaussian that h makes of the support set, together. At test w is the mean of p.
 
     paper          here                        shape or keys                     where
     Phi            group(params, "backbone")   conv{l} norm{l}                   B = 4 blocks of C filters
@@ -525,7 +525,7 @@ def run_in_threads(params, kind, batch, noise, args, evaluate):
         losses.append(loss)
         found.append(measure)
         for w, g in zip(weights, gradients):
-            if g is not None:  # the other high-level tasks' heads have none
+            if g is not None:  # other tasks' heads and attention have none
                 w.grad = torch.zeros_like(w) if w.grad is None else w.grad
                 w.grad += g
     return torch.stack(losses), torch.stack(found)
@@ -742,7 +742,7 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "data sets, for classification alone (default: miniimagenet); else scenes (the default) or a folder with depth images"
+MODES_HELP = "for classification alone data sets (default: miniimagenet) or scenes; else scenes (default) or a folder with depth images"
 ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"
