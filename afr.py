@@ -749,7 +749,7 @@ HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or
 WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
 EMBED_HELP = (
-    "w comes from the support set (P), or is one learned vector, a control that the paper does not have"
+    "w depends on the subtask (P), or is one learned vector, a control that the paper does not have"
 )
 
 
@@ -774,7 +774,7 @@ def get_args(argv=None):
     args.transfer = [canonical_mode(mode, args.data_root) for mode in args.transfer]
     check(args)
     cast = "scenes" in args.modes
-    args.synthetic |= cast  # in no case real images
+    args.synthetic |= cast  # ray-cast: not real either
     args.method = METHODS[args.algorithm, args.modulation]
     reset_unused(args, defaults, unused(args))
     args.strata = args.modes if alone and not cast else args.tasks  # what results are told apart by
