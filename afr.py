@@ -748,9 +748,7 @@ ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"
 WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
-EMBED_HELP = (
-    "w depends on the subtask (P), or is one learned vector, a control that the paper does not have"
-)
+EMBED_HELP = "w depends on the subtask (P), or is one learned vector, a control that the paper does not have"
 
 
 def get_args(argv=None):

@@ -91,7 +91,7 @@ class Archive:
         return os.path.getsize(self.path.parent / name)
 
     def find(self, ending):
-        """The one file whose path ends so, whatever folders it lies in."""
+        """The file whose path ends so, in whatever folders it lies; of several, that of the shortest path."""
         found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and not is_junk(name)]
         return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
 
@@ -141,7 +141,7 @@ def unreadable(error):
 
 
 def files_below(folder):
-    """All files below a folder, sorted, through links too; without links that lead nowhere or back to where they stand in."""
+    """All files below a folder, sorted, through links too; without links that lead nowhere, or to a folder that they lie in."""
     root = os.path.realpath(folder)
     trails = {str(folder): [root]}  # of each folder: the real folders passed on the way to it
     found = []
@@ -210,8 +210,8 @@ class PlainUnpickler(pickle.Unpickler):
             ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order: np.frombuffer(
                 content, dtype.code
             ).reshape(shape, order=order),
-            ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-        }  # bytes in protocol 2
+            ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
+        }
         if (module, name) not in stand_ins:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return stand_ins[module, name]
@@ -239,8 +239,8 @@ def by_folder(archive, names):
 
 
 def fingerprint(paths):
-    """A hash of what a cache is made from: of a zip its table of contents, which has a checksum of each file, of other files their
-    names, sizes and times; not where they lie. So a copy of a zip is the same data, and a result file says so."""
+    """A hash of what a cache is made from: the name and size of each file; of a zip its table of contents, which has a checksum
+    of each file in it, of other files their times; not where they lie. So a copy of a zip, of the same name, has the same hash."""
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     for path in paths:
         files = files_below(path) if path.is_dir() else [path]
@@ -256,7 +256,7 @@ def fingerprint(paths):
 
 def table_of_contents(path):
     """The central directory of a zip, as bytes: parsing it takes a second where reading it takes none. Empty if there is none, or
-    one of the 64-bit kind, of which nothing is claimed."""
+    one of the 64-bit kind, which is not read here."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16 - 22))
         tail = file.read()

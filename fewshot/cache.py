@@ -249,7 +249,7 @@ def decoded_jobs(jobs, size, mode, banner, temporary):
                 yield from decode_all([job])
         return
     with without_main():
-        context = multiprocessing.get_context("spawn")  # Pillow decodes WebP on one thread at a time
+        context = multiprocessing.get_context("spawn")  # no threads: Pillow decodes one WebP at a time
         others = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
         try:

@@ -15,7 +15,7 @@ class Cheetah:
 
     Observation (20,): gymnasium's HalfCheetah-v5 (17,) and the torso's place, as in CAVIA's code. Action (6,): torques,
     clipped to [-1, 1]. Reward of a step: direction * speed, or -|speed - goal|, less 0.05 |action|^2. No rollout ends
-    early. Each process simulates a part of the animals, in one environment whose state they exchange.
+    early. Each process simulates a part of the animals, in one environment into which it puts each in turn.
     """
 
     observations = 20  # D
@@ -31,7 +31,7 @@ class Cheetah:
             fail(f"--env {args.env} needs MuJoCo ({error}): {remedy}")
         self.device = args.device
         self.direction = args.env == "cheetah-dir"
-        self.shape = None  # (T, R) of the animals alive
+        self.shape = None  # T tasks, R rollouts: of the last reset
         self.workers = []
         context = multiprocessing.get_context("spawn")
         for _ in range(args.workers):
@@ -47,7 +47,7 @@ class Cheetah:
         return torch.where(first < 0.5, -1.0, 1.0) if self.direction else 2 * first
 
     def ask(self, *columns):
-        """Have the animals' rows of each column, shared out evenly, worked at by all processes -> rows of their answers."""
+        """Share out arrays, a row for each animal, evenly among the processes -> their answers, a row for each."""
         pieces = zip(*(np.array_split(column, len(self.workers)) for column in columns))
         try:
             for (pipe, _), piece in zip(self.workers, pieces):

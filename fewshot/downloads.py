@@ -26,7 +26,7 @@ def download(file_name, md5, urls, folder):
     Exits if the checksum is wrong; the file is deleted then.
     """
     if not urls:
-        return ["its authors give it by hand only"]
+        return ["its site gives it by hand only"]
     target = folder / file_name
     part = folder / f"{file_name}.part"
     problems = []
@@ -89,7 +89,7 @@ def fetch_part(url, part, file_name):
                 bar.update(len(block))
     size = part.stat().st_size
     if total and size < total:
-        raise OSError(f"cut after {size} of {total} bytes; the same command continues")
+        raise OSError(f"cut after {size} of {total} bytes: give the same command again, which continues")
 
 
 def check_content(url, part, md5):

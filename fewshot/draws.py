@@ -6,7 +6,7 @@ import numpy as np
 
 
 def uniform(name, block, count):
-    """Random numbers (count,) in [0, 1), number `block` of those that `name` stands for.
+    """Random numbers (count,) in [0, 1): the first of block `block` of the stream that `name` stands for.
 
     A counter-based generator is a function from (key, counter) to random bits: nothing to store, nothing to replay.
     The raw bits of Philox are fixed for all versions of numpy; only arithmetic on integers and doubles follows.

@@ -73,14 +73,17 @@ def new_parser(docstring, legend):
 def add_data_flags(p, synthetic="procedural stand-ins for the modes: no download"):
     """Add the flags that say where images come from."""
     root = os.environ.get("FEWSHOT_DATA") or "data"
-    p.add_argument("--data-root", type=user_path, default=root, help="or FEWSHOT_DATA")
+    p.add_argument(
+        "--data-root", type=user_path, default=root, help="folder of the data sets, or FEWSHOT_DATA"
+    )
     p.add_argument("--cache-dir", type=user_path, default=".cache", help="keeps images decoded once")
     p.add_argument("--synthetic", action="store_true", help=synthetic)
     p.add_argument("--allow-shared-classes", action="store_true", help=SHARED_HELP)
 
 
 def add_device_flags(p, threads=True, graph=False, precision="bf16: convolutions only"):
-    """Add the flags that say where and how fast to compute. threads, graph, precision: which of them a script has."""
+    """Add the flags that say where and how fast to compute. threads, graph: whether a script has
+    them. precision: its help text, or None."""
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     if threads:
         p.add_argument("--workers", type=int, default=cores(), help="CPU: tasks at a time, one thread each")
@@ -90,7 +93,7 @@ def add_device_flags(p, threads=True, graph=False, precision="bf16: convolutions
         p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help=precision)
 
 
-def add_run_flags(p, quick, keep="iterations between kept parameters"):
+def add_run_flags(p, quick, keep="iterations between kept parameters; 0 keeps none"):
     """Add the flags of the run's folder. quick: the presets of --quick."""
     presets = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in quick.items())
     p.add_argument("--quick", action="store_true", help=f"about two minutes on two CPU cores: {presets}")
@@ -109,7 +112,7 @@ def add_run_flags(p, quick, keep="iterations between kept parameters"):
 def parse(p, argv, quick, presets=None):
     """Read a command line -> args, and the defaults as a dict.
 
-    quick: what --quick presets. presets: a function of the flags as typed, for what flags together preset -> dict.
+    quick: what --quick presets. presets: a function of the flags as typed -> the defaults that they imply.
     A flag that is typed wins over a preset.
     """
     defaults = vars(p.parse_args([]))
@@ -155,7 +158,7 @@ def complete(args, defaults, data, shown, named, least=None):
     """Work out the rest of args: --device, --out, `variant` and `title`; exit if a number is out of range.
 
     data: the data sets, as a title names them. shown: keys that a report shows anyway, so that the title does not.
-    named: keys that the folder's name begins with, so that it does not repeat them. least: as AT_LEAST, for a script.
+    named: keys that title and folder name begin with, so that neither repeats them. least: as AT_LEAST, for a script.
     """
     changed = {}
     for key, value in identity(args).items():
@@ -196,7 +199,7 @@ def resolve_device(name):
 
 
 def check_numbers(args, least):
-    """Exit if a number is too small. Numbers of tasks are over all modes together, so each mode has to have its least."""
+    """Exit if a number is out of range. Numbers of tasks are over all modes together, so each mode has to have its least."""
     for key, value in vars(args).items():
         if not isinstance(value, (int, float)):
             continue
@@ -205,10 +208,11 @@ def check_numbers(args, least):
             strata = args.strata if "strata" in args else vars(args).get("modes", [""])
             smallest *= len(strata)
         flag = f"--{key.replace('_', '-')}"
-        if not smallest <= value < 2**63:
+        if not value >= smallest:  # nan is not
             fail(f"{flag} {value}: give {smallest} or more")
-        if value > AT_MOST.get(key, 2**63):
-            fail(f"{flag} {value}: give a number up to {AT_MOST[key]}")
+        largest = AT_MOST.get(key, 2**63 - 1)
+        if value > largest:
+            fail(f"{flag} {value}: give a number up to {largest}")
 
 
 def identity(args):

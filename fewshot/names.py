@@ -77,7 +77,7 @@ def one_place(paths, split):
 
 
 def canonical_mode(name, root):
-    """The mode that a name typed by a user means: a folder of theirs, a published data set in any case, or an alias.
+    """The mode that a name typed by a user means: a folder of theirs, a published data set in capitals or not, or an alias.
 
     A folder of class folders wins over an alias: who has a folder `bird` means that folder, not CUB.
     """
@@ -95,7 +95,7 @@ def canonical_mode(name, root):
 
 
 def plain_name(text, root):
-    """The name of a mode, out of what was typed: without a slash at its end, or the path of a folder under the root."""
+    """The name of a mode, out of what was typed: without a slash at its end, and without the path if that is the root's."""
     name = text.strip().rstrip("/\\") or text.strip()
     path = os.path.expanduser(name)
     parent = os.path.realpath(os.path.dirname(path) or ".")

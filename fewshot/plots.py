@@ -29,7 +29,7 @@ def run_curves(lines, title, file):
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.8), layout="constrained")
-    of = max(1, len(lines) // 100)  # at most about 100 points: fewer, less noisy ones
+    of = max(1, len(lines) // 100)  # 100 to 199 points of a long log: fewer, less noisy ones
     t = smooth([line["iteration"] for line in lines], of)
     left.plot(t, smooth([line["loss"] for line in lines], of), color="black", linewidth=1.3)
     left.set_ylabel("loss on training tasks")
@@ -159,7 +159,7 @@ def curves(along, file, about):
         axis.fill_between(t, low, high, alpha=0.25, label="80 % of the source tasks")
         axis.plot(t, np.median(LR, 1), label="their median", linewidth=1)
         for which, style in (("best", "--"), ("worst", ":")):
-            label = f"the source task that is {which} at half"
+            label = f"the source task that is {which} halfway in training"
             axis.plot(t, LR[:, rows[0][which]], style, label=label, linewidth=1.5)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(xlabel="training iterations", ylabel="LR to one target task", title=name)

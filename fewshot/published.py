@@ -76,7 +76,10 @@ def class_folders(archive, stem):
             "or remove them"
         )
     if stray:
-        tqdm.write(f"{archive.path}: {stray[0][1]} lies beside the class folders: left out", file=sys.stderr)
+        others = f", like {len(stray) - 1} others" if len(stray) > 1 else ""
+        tqdm.write(
+            f"{archive.path}: {stray[0][1]} lies beside the class folders: left out{others}", file=sys.stderr
+        )
     depths = {}
     for name in folders:
         depths.setdefault(name.removeprefix("./").count("/"), name)
@@ -223,7 +226,7 @@ def import_fc100(paths):
 
 
 def import_cub(paths):
-    """CUB_200_2011/images/NNN.Name/*.jpg: 140 / 30 / 30 of the sorted folder names."""
+    """CUB_200_2011/images/NNN.Name/*.jpg: 140 / 30 / 30 of the folder names, sorted and then shuffled."""
     archive = Archive(paths[0])
     names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
     places = sorted({name.rsplit("/", 2)[0] for name in names}, key=lambda place: (place.count("/"), place))
@@ -243,7 +246,7 @@ def import_cub(paths):
 def import_aircraft(paths):
     """fgvc-aircraft-2013b/data: variants.txt, images_variant_{trainval,test}.txt, images/*.jpg; 70 / 15 / 15 variants.
 
-    Variant names are compared as they stand in the lists, slash and all, so that F/A-18 stays a test class.
+    Variant names are compared as they stand in the lists. (MMAML's code makes folders of them, and so loses F/A-18 to its slash.)
     """
     archive = Archive(paths[0])
     data = archive.find("data/variants.txt").rpartition("/")[0]

@@ -11,8 +11,8 @@ No mathematics of any paper is in here: what decides a parameter or an accuracy 
             run.log({"loss": run.observed()[:, 0].mean().item()}, shown={})
         run.save(params, optimizer)                 # where --save-every and --keep-every say so
 
-Files in --out: checkpoint.pt, log.jsonl (a line every --log-every iterations), result.json at the end, and
-params-<iteration>.pt (--keep-every). Each is written whole or not at all, so a killed run can be continued.
+Files in --out: checkpoint.pt, log.jsonl (a line every --log-every iterations), result.json and curves.png at the
+end, and params-<iteration>.pt (--keep-every). Each is written whole or not at all, so a killed run can be continued.
 """
 
 import argparse
@@ -65,7 +65,8 @@ class Run:
     """A training run: how far it is, what was measured since the last log line, and whether it should stop.
 
     Args:
-        args: the flags, completed. data: the sampler of test tasks, whose `contents` say which images the run is trained on.
+        args: the flags, completed.
+        data: the sampler of test tasks, whose `contents` are hashes of its data sets, their training images included.
         estimate_after: iterations after which the time to the end is estimated.
     """
 
@@ -169,7 +170,7 @@ class Run:
         self.bar.write(f"about {minutes:.0f} min to the end{advice}", sys.stderr)
 
     def catch_signals(self):
-        """Let the first Ctrl-C, SIGTERM or SIGHUP end the run with a checkpoint, and a second one at once."""
+        """Let the first Ctrl-C, SIGTERM or SIGHUP end the run with a checkpoint, and a second one of its kind at once."""
 
         def stop(number, _):
             self.stopped_by = self.stopped_by or f"signal {number}"
@@ -195,7 +196,7 @@ class Run:
         return torch.stack([x.cpu() for x in self.window])
 
     def turns(self, shape, count):
-        """Which of `count` names each value of `observed` is of, where tasks take turns -> tensor of `shape`."""
+        """The mode, from 0 to `count` - 1, that each value of `observed` is of, where modes take turns -> tensor of `shape`."""
         tasks = shape[1]
         first = self.done - shape[0]
         return torch.arange(first * tasks, self.done * tasks).view(shape) % count
@@ -222,7 +223,7 @@ class Run:
             print(f"{self.args.title} {self.done}/{self.args.iterations}", self.bar.postfix, flush=True)
 
     def earlier_lines(self):
-        """Log lines up to the checkpoint. Drop those after it, which will be written again, and damaged ones."""
+        """Log lines up to the checkpoint. Drop those after it, which will be written again, and all from the first damaged one on."""
         file = self.folder / "log.jsonl"
         if not (self.checkpoint and file.exists()):
             return []
@@ -412,7 +413,7 @@ def remove_files(folder):
 
 
 def on_cpu(params):
-    """Copies of the parameters, as a checkpoint holds them."""
+    """The parameters on the CPU, as a checkpoint holds them."""
     return {k: w.detach().cpu() for k, w in params.items()}
 
 

@@ -4,7 +4,7 @@ Attentive feature reuse's data, MMT, were never released. In their place: rooms,
 synthetic, NOT MMT, and every result made with them says so. Or folders of yours of photographs with depth.
 
 Lengths are metres. The camera looks along z, x goes right and y down; depth is z, not the distance. A room has the same axes,
-z its long one, the floor at y = 0; the vanishing point is where lines along its z meet in the image. A *class* is a kind of
+z along its length, the floor at y = 0; the vanishing point is where lines along its z meet in the image. A *class* is a kind of
 room: its proportions, furniture, windows. A *domain* is a place with textures, colours, light, a camera and noise of its own.
 Labels are scaled to [0, 1]: depth / 10 m, (normal + 1) / 2, the vanishing point as a share of the image's width and height.
 """
@@ -29,7 +29,7 @@ SCENE_CLASSES = {"train": 32, "val": 16, "test": 16}
 SCENE_DOMAINS = {"train": 20, "val": 5, "test": 10}
 SCENE_IMAGES = 128  # a domain, its split's classes in turn
 DEPTH_LIMIT = 10.0  # what lies beyond is not known
-BOXES, BALLS = 4, 2  # most of them in a room
+BOXES, BALLS = 4, 2  # at most so many in a room
 FLOOR, CEILING, SIDE, BACK, THINGS = 0, 1, 2, 3, 4  # surfaces; things from 4 on, the panels after them
 
 

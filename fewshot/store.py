@@ -25,9 +25,9 @@ import torch
 from fewshot.files import fail
 
 BLOCK = 1 << 20  # bytes under one checksum
-SAMPLED = 8  # blocks that each start looks at
+SAMPLED = 8  # blocks of each file that a start looks at
 STALE_AFTER = 24 * 3600  # seconds without a sign of life
-# `.<name>-<size>-<12 hex digits or a version>.<8 letters>.building`, and what earlier versions left: `.<process number>`.
+# `.<name>-<size>-<12 hex digits or a version>.<8 letters>.building`, and what earlier versions left, ending in `<12 hex digits>.<process number>`.
 UNFINISHED = re.compile(r"\..+-\d+-(?:[0-9a-f]{12}\.\d+|\w+\.\w{8}(?:\.old)?\.building)")
 CHECKSUMS = "checksums.json"
 
@@ -162,7 +162,7 @@ def needs_building(folder):
 def problem(folder, full=False):
     """Find what is wrong with a cache folder -> one phrase, or "" if it is sound.
 
-    Checks the presence and length of each file, the dtype and shape of each array against classes.json, and checksums:
+    Checks the presence and length of each file, the dtype and shape of the arrays of images against classes.json, and checksums:
     of classes.json, and of some blocks drawn at random, or of all if `full`.
     """
     folder = Path(folder)

@@ -21,9 +21,10 @@ class Scenes:
     width and height; mode: the domain's index.
 
     Args:
-        kind: one of KINDS. mode: "scenes", or a folder of photographs with depth: `<root>/<mode>/<split>/<domain>/` with
-        <name>.jpg beside <name>.png (16 bits, millimetres, 0 where not known) and focal.txt (pixels).
-        support, queries: n, m. The rest is as for `Episodes`.
+        kind: "depth", "normals" or "vanishing". split: as for `Episodes`.
+        args: the flags; n = ways * shots, m = ways * queries. args.modes holds one mode: "scenes", or a folder of
+        photographs with depth: `<root>/<mode>/<split>/<domain>/` with <name>.jpg beside <name>.png (16 bits,
+        millimetres, 0 where not known) and focal.txt (pixels).
 
     Domains take turns in test and validation, and are drawn in training. Exits with status 2 if a domain has too few
     images.
@@ -68,7 +69,7 @@ class Scenes:
         """Tasks block * 256 .. + 255, drawn at once -> domains (256,), rows of images (256, n + m)."""
         k = self.support + self.queries
         name = f"domains {self.mode} {self.split} {self.support} {self.queries} {self.seed}"
-        if self.seed is not None:  # high-level tasks are trained on different images, and tested on the same
+        if self.seed is not None:  # the kinds are trained on different images, and tested on the same
             name += f" {self.kind}"
         u = uniform(name, block, self.BLOCK * (1 + k))
         u_domain, u_image = u[: self.BLOCK], u[self.BLOCK :].reshape(self.BLOCK, k)
@@ -98,7 +99,7 @@ class Scenes:
         return x, y[..., None, :, :] if self.kind == "depth" else channels_first(y)
 
     def tasks(self, first, count):
-        """Tasks number first .. first + count - 1, on the device -> Task with a leading dimension `count`."""
+        """Tasks number first .. first + count - 1, on the device (`mode` on the CPU) -> Task with a leading dimension `count`."""
         domains, rows = self.indices(first, count)
         support = self.look_up(rows[:, : self.support])
         query = self.look_up(rows[:, self.support :])
@@ -111,7 +112,7 @@ class Scenes:
         return self.look_up(self.rows[start:][:count])
 
     def sha256(self, count):
-        """A hash of the first `count` tasks: the kind, the mode, its domains' sizes, and the indices drawn."""
+        """A hash of the first `count` tasks: the kind, mode, images per domain, their size, and the indices drawn."""
         digest = hashlib.sha256(f"{self.kind} {self.mode} {self.counts.tolist()} {self.size}".encode())
         for array in self.indices(0, count):
             digest.update(array.astype("<i8").tobytes())

@@ -41,7 +41,7 @@ def show(episodes, number, path, cell=84):
 
 
 def show_scenes(mode, split, size, number, path, root, cache_dir, cell=150, rows=10):
-    """Write a picture: a row for each domain; its image `number`, depth, normals, vanishing point."""
+    """Write a picture: a row for each of the first `rows` domains: its image `number`, depth, normals, vanishing point."""
     folder = prepare(mode, size, root, cache_dir, mode == "scenes")
     images, depth, normals, domains = (
         np.load(folder / f"{split}{end}.npy") for end in ("", "-depth", "-normals", "-domains")
@@ -93,7 +93,7 @@ def get_args(argv=None):
     """Read the command line -> args."""
     parser = new_parser("Data sets: list, prepare, verify, show.", "")
     parser.add_argument("command", choices=COMMANDS)
-    known = f"{', '.join(LAYOUTS)}, or a folder of yours (all)"
+    known = f"{', '.join(LAYOUTS)}, or a folder of yours (list, verify: default all)"
     parser.add_argument("modes", nargs="*", metavar="MODE", help=known)
     root = os.environ.get("FEWSHOT_DATA") or "data"
     parser.add_argument("--data-root", type=user_path, default=root, help="where data sets lie")
@@ -107,7 +107,7 @@ def get_args(argv=None):
     parser.add_argument("--queries", type=int, default=6, help="show: query images per class")
     parser.add_argument("--out", type=user_path, help="show: the picture's path (episode-<mode>.png)")
     args = parser.parse_args(argv)
-    if args.command == "list":  # a path is shown as what it is, not refused
+    if args.command == "list":  # the last part of a path is the mode: a path is not refused
         args.modes = [os.path.basename(name.rstrip("/")) or name for name in args.modes]
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     check(args)
@@ -119,7 +119,7 @@ def check(args):
     for key, least in (("image_size", 1), ("ways", 1), ("shots", 1), ("queries", 1), ("task", 0)):
         value = getattr(args, key)
         if not least <= value < 2**31:
-            fail(f"--{key.replace('_', '-')} {value}: give {least} or more")
+            fail(f"--{key.replace('_', '-')} {value}: give {least} or more, and less than 2^31")
     if args.image_size > AT_MOST["image_size"]:
         fail(f"--image-size {args.image_size}: give a number up to {AT_MOST['image_size']}")
     if args.out is not None and (args.command != "show" or len(args.modes) > 1):
@@ -138,8 +138,12 @@ def list_modes(args):
             continue
         if source is None and mode in own and not args.modes:
             continue
-        _, terms = DOWNLOADS.get(mode, ("", "your own"))
-        where = ", ".join(map(str, source[1])) if source else "not found; downloaded when needed"
+        files, terms = DOWNLOADS.get(mode, ([], "your own"))
+        where = "not found"
+        if source:
+            where = ", ".join(map(str, source[1]))
+        elif files and all(addresses for _, _, addresses in files):
+            where = "not found; downloaded when needed"
         line = f"{mode:13} {where}  [{terms}]"
         cached = [folder.name for folder in caches(mode, args.cache_dir)]
         if cached:

@@ -213,7 +213,7 @@ def test_download_resumes_and_checks(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         fewshot_cache.prepare("omniglot", 8, root, tmp_path / "cache")
     said = capsys.readouterr().err
-    assert "the same command continues" in said
+    assert "give the same command again, which continues" in said
     assert "--synthetic" in said
     assert (root / "omniglot" / f"{name}.part").stat().st_size == 1000
     Server.cut = None

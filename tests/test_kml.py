@@ -197,7 +197,7 @@ def test_the_benchmarks_variants_compute_the_same(module, modulation, variant):
     module.run_tasks(params, second, args, False)
     expected = {k: w.grad.clone() for k, w in params.items()}
     compiler = {"backend": "eager"} if variant == "compiled" else {}  # as traced, without generating code
-    gradients = baselines.prepare_variant(variant, module, args, params, first, **compiler)
+    gradients = baselines.prepare_variant(variant, module, args, params, **compiler)
     for batch in (first, second):
         for w in params.values():
             w.grad = None

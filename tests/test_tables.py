@@ -842,6 +842,16 @@ def test_the_completion_table_shows_the_papers_numbers():
         ]
 
 
+def test_a_table_names_the_seed_that_its_rows_do_not_name(tmp_path):
+    modes, x = ["fc100", "miniimagenet"], [40, 60, 44, 62]
+    for seed in (1, 2):
+        make_result(tmp_path / str(seed), "MMAML", modes, x, x, seed=seed)
+    text = here("tools.tables", tmp_path, "--out", tmp_path).stdout
+    assert "Seed 1, where a row names none. 4 test tasks" in text
+    assert "| MMAML | " in text
+    assert "| MMAML, seed 2 | " in text
+
+
 def test_differences_in_the_tables_are_those_of_the_means():
     """Every number of a table is of the same test tasks: so a difference is the difference of two means, to the rounding."""
     means, checked = {}, 0

@@ -3,8 +3,8 @@
     python -m tools.attention_report runs/am-miniimagenet
 
 For each of the run's --tasks: w of many test subtasks; and, of the first --report-tasks, how far w points where channel
-weights go that are trained on all data of the subtask: cosine, and share of equal signs. As what w would have without
-looking at the subtask, the same of the w of the next subtask. Writes attention.json and, with matplotlib, attention.png
+weights go that are trained on all data of the subtask: cosine, and share of equal signs. As a control, the same is measured
+of the w of the next subtask, which has not seen this one. Writes attention.json and, with matplotlib, attention.png
 into the run's folder.
 """
 
@@ -28,7 +28,7 @@ NAMES = ("cosine", "same_sign", "cosine_next", "same_sign_next")
 
 
 def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02):
-    """Channel weights trained alone, from 1, on all data (x, y) of a test subtask, network and head fixed -> w (B, C).
+    """Channel weights w trained alone, from 0 (where the factor 1 - w is 1), on all data (x, y) of a test subtask, network and head fixed -> w (B, C).
 
     The paper gives neither optimiser nor steps. Ours: Adam, over random batches, BatchNorm with each one's statistics.
     """
@@ -48,7 +48,7 @@ def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02
 
 
 def relative(w):
-    """w (B, C) of the same network in which the maps of all blocks but the last are kept, in the mean, as they are.
+    """w (B, C) of an equal network: in all blocks but the last, the factors 1 - w are divided by their mean.
 
     BatchNorm cancels a factor that all maps of a block have in common (see afr.embed).
     """

@@ -25,11 +25,10 @@ class DecodingLoader(torch.utils.data.IterableDataset):
     """Endless tasks, every image decoded and resized again for every task. Runs inside worker processes."""
 
     def __init__(self, sources, args, shots):
-        self.sources, self.args, self.shots = (
-            sources,
-            args,
-            shots,
-        )  # per mode (name, list of classes of (archive, key))
+        self.sources = (
+            sources  # per mode (name, classes: lists of (archive, key), or a function that gives them)
+        )
+        self.args, self.shots = args, shots
 
     def __iter__(self):
         args, worker = self.args, torch.utils.data.get_worker_info()
@@ -330,8 +329,8 @@ def unfold_conv2d(x, W, b, stride, padding):
     return (W.flatten(1) @ columns + b[:, None]).unflatten(-1, (height, width))
 
 
-def prepare_variant(variant, module, options, params, batch, **compiler):
-    """-> gradients(batch): adds those of the tasks' mean loss to .grad. `batch` is an example; `compiler`: for torch.compile."""
+def prepare_variant(variant, module, options, params, **compiler):
+    """-> gradients(batch): adds those of the tasks' mean loss to .grad. `compiler`: for torch.compile."""
 
     def unfolded(batch):
         with mock.patch.object(F, "conv2d", unfold_conv2d):

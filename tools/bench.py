@@ -1,11 +1,11 @@
-"""Speed, beside what it has to be compared with. A figure here is a ratio measured in one run, in alternation.
+"""Speed, beside what it has to be compared with. Times that are compared are measured in one run, in alternation.
 
     python -m tools.bench loader --synthetic                      # nothing to download
     python -m tools.bench train --modes omniglot miniimagenet --shots 5 --meta-batch 4 --json bench.json
     python -m tools.bench peers --modes omniglot miniimagenet --shots 5 --meta-batch 4
     python -m tools.bench steps --modes miniimagenet --shots 1 5
     python -m tools.bench reuse --modes miniimagenet --shots 1 5
-    python -m tools.bench gpu --json bench-gpu.json               # under six minutes; nothing to download
+    python -m tools.bench gpu --json bench-gpu.json               # under seven minutes; nothing to download
 
 loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Baseline: what the released repositories do, worker processes that
@@ -18,8 +18,8 @@ train     Milliseconds of one training iteration of each script, everything incl
             ours      as the script does it: on a CPU tasks in --workers threads; beside it with 1 worker and, where the
                       processor has it, in bf16
             floor     what tasks side by side cannot go below: the same convolutions alone, forward and backward (for MAML's
-                      inner steps forward, backward and double backward), run the same way (tasks in threads), in the same
-                      precision, in the faster of PyTorch's two memory layouts
+                      inner steps forward, backward and double backward), run the same way (tasks in threads; on a GPU one after
+                      another, where it is no floor), in the same precision, in the faster of PyTorch's two memory layouts
             plain     the same algorithm as one would first write it: a loop over tasks, PyTorch's threads inside each
                       operation, PyTorch's own layout, all tasks' graphs kept until one backward at the end; our sampler
           Beside these: the sampler's share, peak memory (of a fresh process on a CPU), seconds to evaluate 1,000 tasks. With
@@ -30,10 +30,10 @@ peers     Milliseconds of one training iteration without modulation (MAML, Proto
 
 variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
             loop      one task after another, backward after each: what the scripts do on a CPU
-            vmap      all tasks together, each convolution a grouped one: what the scripts do on a GPU
+            vmap      all tasks together, each convolution a grouped one: the scripts on a GPU with --eager
             unfold    vmap, each convolution written as unfold and a batched matrix product
-            compiled  vmap under torch.compile (on a CPU by name only: compiling takes many minutes, and does not count)
-            captured  vmap, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python (GPU)
+            compiled  vmap under torch.compile (on a CPU only if it is named: compiling takes many minutes, and does not count)
+            captured  vmap, recorded once as a CUDA graph and replayed: no launch of a kernel waits for Python: the scripts on a GPU
 
 steps     Milliseconds and memory of adapting to one task by one inner step of each algorithm of modgrad.py, at test time, beside
           MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
@@ -41,11 +41,11 @@ steps     Milliseconds and memory of adapting to one task by one inner step of e
 
 gpu       One command for whoever has a GPU, without a data set: the card, the vmap path beside the loop and beside float64, then
           milliseconds of one training iteration (gradients and Adam; noise images made on the card) of the four scripts at
-          the papers' shapes by the variants above, in TF32 (PyTorch's default for convolutions), bf16 and fp32. A row that
-          fails says why. In the end: which variant should be each script's default.
+          the papers' shapes by vmap and captured in TF32 (PyTorch's default for convolutions), bf16 and fp32, and by the
+          other variants in TF32 with 5 shots. A row that fails says why. In the end: which variant should be each script's default.
 
 reuse     Milliseconds of afr.py's methods beside MAML's, in training (the gradients of one meta-batch) and in testing (from a task's
-          images to its query outputs, paper protocol, cross-entropy's head), and parameters beside MAML's. (The paper claims: 1.7
+          images to its query outputs, paper protocol, classification head), and parameters beside MAML's. (The paper claims: 1.7
           and 2.3 times faster, 1.1 times the parameters; its abstract 1.5 times faster.) Tasks are drawn before.
 """
 
@@ -139,7 +139,7 @@ def bench_loader(args, shots):
 
 
 def bench_train(name, args, shots):
-    """One script at one shape -> {what: [milliseconds of each round]} in alternation, and memory and evaluation beside."""
+    """One script at one shape -> a row: "samples" {what: [milliseconds of each round]}, in alternation but for evaluation, and memory."""
     step, sample, module, options, params = prepare_step(name, args, shots)
     single = prepare_step(name, argparse.Namespace(**vars(args) | {"workers": 1}), shots)[0]
     queue = []
@@ -219,10 +219,10 @@ def peers_table(rows, args):
 
 
 def bench_variants(name, args, shots):
-    """One script at one shape -> {variant: [milliseconds of each round]}, in alternation."""
+    """One script at one shape -> a row: "samples" {variant: [milliseconds of each round]}, in alternation."""
     _, sample, module, options, params = prepare_step(name, args, shots)
-    samples, example = {variant: [] for variant in args.variants}, sample()
-    calls = {variant: prepare_variant(variant, module, options, params, example) for variant in args.variants}
+    samples = {variant: [] for variant in args.variants}
+    calls = {variant: prepare_variant(variant, module, options, params) for variant in args.variants}
     for number in range(args.rounds + 1):
         for variant, gradients in calls.items():
             batch = sample()
@@ -413,7 +413,7 @@ def parse_args():
         "--busy", action="store_true", help="train, peers: beside a process that keeps one core busy"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=1, help="train: iterations in a round")
+    parser.add_argument("--repeat", type=int, default=1, help="train, steps, reuse: calls in a round")
     parser.add_argument("--seconds", type=float, default=3, help="loader: length of one period")
     parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"))
     parser.add_argument("--cache-dir", default=".cache")

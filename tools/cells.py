@@ -46,7 +46,7 @@ EVERY_TASK = "classification depth normals vanishing"
 
 
 def kml():
-    """KML, Tables 1 and 2."""
+    """KML, Table 1, whose runs Table 2 is made of, too."""
     for setting, modes in SETTINGS.items():
         for i, shots in enumerate((1, 5)):
             to = f"--modes {modes} --shots {shots}"
@@ -84,7 +84,7 @@ def kml_one_mode():
 
 
 def modgrad_few_shot():
-    """ModGrad, Table 2 (and Figure 9, of the same runs), 4 (steps) and 5 (columns u).
+    """ModGrad, Table 2 (and Figure 9, of the same runs), 4 (steps) and 5 (u, --rank).
 
     MAML on ModGrad's two layers with its step is the control that the paper lacks.
     """

@@ -139,7 +139,7 @@ def bench_tables(file):
 
 
 def source(places):
-    """Names of folders, or of files of one tool -> Markdown with all tables that are made of them."""
+    """Names of folders, or of files modulation.json, or one name of another kind -> Markdown with all tables made of them."""
     paths = [Path(place) for place in places]
     for path in paths:
         if not path.exists():

@@ -35,7 +35,7 @@ def curves(runs, singles, file):
             lines = [
                 (line["iteration"], line["accuracy"][mode]) for line in lines if mode in line["accuracy"]
             ]
-            of = max(1, len(lines) // 40)  # at most about 40 points: fewer, less noisy ones
+            of = max(1, len(lines) // 40)  # 40 to 79 points of a long log: fewer, less noisy ones
             points = np.array(lines[len(lines) % of :]).reshape(-1, of, 2).mean(1)
             axis.plot(*points.T, **styles[label(run)], label=label(run).replace("`", ""), linewidth=1.3)
         axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
@@ -98,7 +98,7 @@ def rl_curves(runs, about, file):
         log = run["file"].parent / "log.jsonl"
         try:
             lines = read_log(log)
-            of = max(1, len(lines) // 50)  # at most about 50 points
+            of = max(1, len(lines) // 50)  # 50 to 99 points of a long log
             points = (
                 np.array(
                     [

@@ -304,7 +304,9 @@ def get_args(argv=None):
     p.add_argument(
         "--spectrum", action="store_true", help="singular values of the first inner step, raw and modulated"
     )
-    p.add_argument("--tasks", type=int, default=600, help="test tasks, over all modes together (P: 600)")
+    p.add_argument(
+        "--tasks", type=int, default=600, help="test tasks, over all modes together (the paper: 600)"
+    )
     p.add_argument("--step-tasks", type=int, default=50, help="tasks for lengths and spectra of steps")
     p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="decoded images")

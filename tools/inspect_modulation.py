@@ -7,9 +7,9 @@ prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
 
     size     root mean square of M's entries. With the residual W * (1 + M) they stand beside a 1.
     task     root mean square of what is left of M without its mean over all tasks: the part that depends on the task.
-    mode     root mean square of the modes' mean M without that mean: the part that depends on the mode alone.
+    mode     root mean square of the modes' mean M without the mean of these: the part that depends on the mode alone.
 
-of the outputs of each convolution, over channels and test tasks, in the support pass:
+of the outputs of each convolution, over channels and the first 20 test tasks, in the support pass:
 
     variance    smallest, median and largest. BatchNorm adds 1e-5 to it, which a small kernel's does not outweigh.
     deviation   what BatchNorm leaves of it, sqrt(variance / (variance + 1e-5)): 1 where the output is truly normalised.
@@ -75,7 +75,7 @@ def embed_and_modulate(module, params, episodes, count):
 
 
 def accuracies(module, args, params, episodes, vs):
-    """Of test task j under v = vs[what][j] in place of its own -> {what: array (count,)}, in %."""
+    """Accuracy in % on test task j with vs[what][j] in place of its own v -> {what: a list, a number for each task}."""
     encode, found = module.encode_task, {what: [] for what in vs}
     try:
         for j in range(len(next(iter(vs.values())))):

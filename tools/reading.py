@@ -9,7 +9,7 @@ import numpy as np
 from data import fail, read_log, read_result
 from tools.papers import SETTINGS
 
-# Rows of a table, and the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
+# Rows of a table, by family; tables.py has the pairs whose differences it shows. Multi-X: one X for each mode, trained on it alone.
 FAMILIES = {
     "MAML": ("MAML", "Multi-MAML", "MMAML", "MMAML+KML"),
     "ProtoNet": ("ProtoNet", "Multi-ProtoNet", "MProtoNet", "MProtoNet+KML"),
@@ -135,7 +135,7 @@ def by_mode(values, modes):
 
 
 def absent(method, modes=()):
-    """What stands in a table for a run that is not there; `modes`: of which it would be made."""
+    """What stands in a table for a run that is not there; `modes`: those whose runs alone are missing."""
     return {
         "method": method,
         "options": {},

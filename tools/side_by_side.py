@@ -85,7 +85,7 @@ def text_of(pieces):
 
 
 def read(path):
-    """Read a script -> [Item]. Together they hold all its lines, in order."""
+    """Read a script -> [Item], which together hold all its lines in order, and its docstring."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         tree = ast.parse(text)

@@ -3,7 +3,7 @@
     python -m tools.tables [FOLDER ...] [--out results]
 
 reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
-<out>/tables.md; with matplotlib installed also a figure for each table, accuracy of the training tasks against iterations,
+<out>/tables.md; with matplotlib installed also, for each table of KML, accuracy of the training tasks against iterations,
 ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8, and attentive feature reuse's Figure 5 where runs were
 validated.
 
@@ -59,8 +59,8 @@ PAIRS = (
 
 
 def pairs(runs, methods):
-    """Which runs to compare: the methods among each other; a variant, or another seed, with what differs from it
-    in nothing else."""
+    """Which runs to compare: the methods among each other; a variant, or another seed, with the runs of its seed that
+    have no flags: of its own method and of the first."""
     usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
     main = {run["method"]: run for run in runs if label(run) == run["method"]}
     found = [(main.get(methods[i]), main.get(methods[j])) for i, j in PAIRS]
@@ -74,9 +74,9 @@ def pairs(runs, methods):
 
 
 def by_seed(rows, reference, modes):
-    """Where a configuration was trained from several seeds: a line for each, a column per seed -> Markdown, or "".
+    """Where runs have several seeds: a line for each configuration, its seeds side by side in each cell -> Markdown, or "".
 
-    The reference is the run of that method with the fewest flags: its own learning rate, where all were tuned.
+    The base of the differences is the method `reference` without flags, or else with the fewest (a tuned `--lr` alone, say).
     """
     runs = {}
     for run in rows:
@@ -158,8 +158,8 @@ def over_seeds(pairs, modes):
 
 
 def common_flags(runs, keys):
-    """Flags, and a seed, that all runs of one family, budget, ways and shots have in common are no variants: they leave the
-    runs' `options` for `common`, a remark above the table; `first_seed` is the seed that goes without saying."""
+    """Flags that all runs of one family, budget, ways and shots have in common are no variants: they leave the runs'
+    `options` for `common`, a remark above the table. So does the smallest seed, `first_seed`, which rows do not name."""
     groups = {}
     for run in runs:
         groups.setdefault(tuple(run[k] for k in keys), []).append(run)
@@ -167,10 +167,15 @@ def common_flags(runs, keys):
         first = group[0]["options"]
         shared = {k: v for k, v in first.items() if all(run["options"].get(k) == v for run in group)}
         seed = min(run["seed"] for run in group)
-        flags = label({"method": "", "options": shared | ({"seed": seed} if seed else {}), "seed": None})
+        one_seed = all(run["seed"] == seed for run in group)
+        said = shared | ({"seed": seed} if seed and one_seed else {})
+        flags = label({"method": "", "options": said, "seed": None})
+        remarks = [f"All{flags.removeprefix(',')}."] if flags else []
+        if seed and not one_seed:
+            remarks.append(f"Seed {seed}, where a row names none.")
         for run in group:
             run["options"] = {k: v for k, v in run["options"].items() if k not in shared}
-            run |= {"first_seed": seed, "common": f"All{flags.removeprefix(',')}." if flags else ""}
+            run |= {"first_seed": seed, "common": " ".join(remarks)}
 
 
 def block(runs, singles):
@@ -288,7 +293,7 @@ def differences(compared, first):
 
 def transference_tables(folders):
     """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the folder
-    they were found in: that is where tables.md is meant to be."""
+    they were found in: they work where --out is this folder."""
     parts = []
     places = {file: place for place in folders for file in Path(place).rglob("transference.json")}
     for file, place in sorted(places.items()):

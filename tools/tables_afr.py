@@ -266,7 +266,7 @@ def on_the_same_tasks(rows, tasks):
 
 
 def rows_to_compare(rows):
-    """Pairs of rows: attention against none, and multi meta-task against single, where they differ in nothing else."""
+    """Pairs of rows: attention against none or another, and multi meta-task against single, where they differ in nothing else."""
     methods = (("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM"))
     found = []
     for one in rows:

@@ -23,7 +23,7 @@ ORDERS = [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]  #
 
 
 def read_run(file, run):
-    """A result file and its content -> (budget, row, column, (errors of its images, what the images are)); None: another script's.
+    """A result file and its content -> (file, budget, row, column, (errors of its images, what the images are)); None: another script's.
 
     Runs of one budget stand in one table. A row is (method, its flags), a column (order, number of pixels).
     """

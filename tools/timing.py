@@ -12,7 +12,7 @@ import torch
 
 
 def rate(draw, seconds):
-    """Tasks a second of draw() -> number of tasks, called over and over for so many seconds."""
+    """Tasks per second of draw(), which returns how many it made, called over and over for so many seconds."""
     tasks, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         tasks += draw()
