@@ -107,7 +107,7 @@ class Archive:
         return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES) and not is_junk(name)]
 
     def refuse_unreadable_images(self):
-        """Fail at a picture in a format that Pillow does not read: left out in silence, it would change the tasks."""
+        """Fail at a picture in a format that is not read here: left out in silence, it would change the tasks."""
         for name in self.names:
             if name.lower().endswith(UNREADABLE_SUFFIXES) and not is_junk(name):
                 fail(

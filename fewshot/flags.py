@@ -60,7 +60,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(docstring, legend):
-    """An argument parser that describes itself by the first line of `docstring`, and ends errors by one line."""
+    """An argument parser, described by the first line of `docstring` and by `legend`, that exits at errors with one line."""
     about = (docstring or "").strip().split("\n")[0]  # python -OO drops docstrings
     steady_output()
     parser = argparse.ArgumentParser(

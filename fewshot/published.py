@@ -136,7 +136,9 @@ def import_omniglot(paths):
         mine = {name: images for name, images in characters.items() if name.startswith(path.stem)}
         wanted = {"images_background": 964, "images_evaluation": 659}[path.stem]
         archive.check("characters", len(mine), wanted)
-        most = max(map(len, mine.values()))  # 20 people drew each character
+        most = max(
+            map(len, mine.values())
+        )  # 20 people drew each character, as published; here as many for each
         archive.check("drawings", sum(map(len, mine.values())), wanted * most)
     order = list(alphabets)  # background first, each set sorted by name
     np.random.RandomState(123).shuffle(order)
@@ -193,7 +195,7 @@ def import_miniimagenet_images(paths):
 
 
 def cifar_pickle(archive, name, keys):
-    """The pickle of that name in the archive; fail if it lacks one of the keys, as CIFAR-10 does."""
+    """The pickle of that name in the archive; fail if it lacks one of the keys, as another pickle would."""
     content = read_pickle(archive.path, archive.read(archive.find(name)))
     missing = [key for key in keys if key not in content]
     if missing:

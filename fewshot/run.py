@@ -266,7 +266,7 @@ class Run:
     # ----- the result
 
     def finished(self):
-        """Whether training is over. If it was stopped before its end, say how to continue."""
+        """False if this process was stopped before the end of training, after saying how to continue; else True."""
         if self.stopped_by and self.done < self.args.iterations:
             how_far = f"at iteration {self.done} of {self.args.iterations}"
             without = ", without --overwrite," if self.args.overwrite else ""

@@ -25,9 +25,9 @@ import torch
 from fewshot.files import fail
 
 BLOCK = 1 << 20  # bytes under one checksum
-SAMPLED = 8  # blocks of each file that a start looks at
+SAMPLED = 8  # blocks of each file that a check reads, unless all are asked for
 STALE_AFTER = 24 * 3600  # seconds without a sign of life
-# `.<name>-<size>-<12 hex digits or a version>.<8 letters>.building`, and what earlier versions left, ending in `<12 hex digits>.<process number>`.
+# `.<name>-<size>-<12 hex digits or a version>.<8 characters>[.old].building`, and what earlier versions left, ending in `<12 hex digits>.<process number>`.
 UNFINISHED = re.compile(r"\..+-\d+-(?:[0-9a-f]{12}\.\d+|\w+\.\w{8}(?:\.old)?\.building)")
 CHECKSUMS = "checksums.json"
 
@@ -163,7 +163,7 @@ def problem(folder, full=False):
     """Find what is wrong with a cache folder -> one phrase, or "" if it is sound.
 
     Checks the presence and length of each file, the dtype and shape of the arrays of images against classes.json, and checksums:
-    of classes.json, and of some blocks drawn at random, or of all if `full`.
+    of some blocks of each file, drawn at random, or of all if `full`.
     """
     folder = Path(folder)
     try:
@@ -214,7 +214,7 @@ def shared(folder):
     """What the splits of a cache have in common, as found when it was built; "" if nothing."""
     try:
         return json.loads((Path(folder) / "shared.json").read_text())
-    except OSError:  # the cache of an earlier version, or of drawn images
+    except OSError:  # the cache of an earlier version, or of synthetic images
         return ""
 
 

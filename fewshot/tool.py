@@ -101,7 +101,9 @@ def get_args(argv=None):
     parser.add_argument("--image-size", type=int, default=84, help="pixels (papers: 84)")
     parser.add_argument("--synthetic", action="store_true", help="procedural stand-ins, no download")
     parser.add_argument("--split", default="test", choices=SPLITS, help="show: of which split")
-    parser.add_argument("--task", type=int, default=0, help="show: number of the task")
+    parser.add_argument(
+        "--task", type=int, default=0, help="show: number of the task (with depth: of the image)"
+    )
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--queries", type=int, default=6, help="show: query images per class")

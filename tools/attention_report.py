@@ -2,8 +2,8 @@
 
     python -m tools.attention_report runs/am-miniimagenet
 
-For each of the run's --tasks: w of many test subtasks; and, of the first --report-tasks, how far w points where channel
-weights go that are trained on all data of the subtask: cosine, and share of equal signs. As a control, the same is measured
+For each of the run's --tasks: w, the channel weights that attention predicts, of many test subtasks; and, of the first
+--report-tasks, how well w agrees with weights trained on all data of the subtask: cosine, and share of equal signs. As a control, the same is measured
 of the w of the next subtask, which has not seen this one. Writes attention.json and, with matplotlib, attention.png
 into the run's folder.
 """

@@ -11,7 +11,7 @@ loader    Tasks a second that come ready for training (float, on the device). Ou
           memory-mapped, gathered in batches of 10 tasks. Baseline: what the released repositories do, worker processes that
           draw a task, open, decode and resize each of its images with Pillow, and convert it.
 
-          Both are given their start-up for free (cache built, workers started, queues drained before each period). The
+          Start-up is free for both (cache built, workers started); the baseline's queues are drained before its periods. The
           baseline gets the images as encoded files: the archives of a data set, or PNG files in memory for synthetic ones.
 
 train     Milliseconds of one training iteration of each script, everything included: sampling, losses, gradients, Adam.
@@ -39,7 +39,7 @@ steps     Milliseconds and memory of adapting to one task by one inner step of e
           MAML's on all layers and MAML's on the same layers. (ModGrad's paper claims twice a MAML step.) The layers before the
           first adapted one are run once a task; this one time is counted.
 
-gpu       One command for whoever has a GPU, without a data set: the card, the vmap path beside the loop and beside float64, then
+gpu       One command for whoever has a GPU, without a data set: the card, how far the vmap path is from the loop and from float64, then
           milliseconds of one training iteration (gradients and Adam; noise images made on the card) of the four scripts at
           the papers' shapes by vmap and captured in TF32 (PyTorch's default for convolutions), bf16 and fp32, and by the
           other variants in TF32 with 5 shots. A row that fails says why. In the end: which variant should be each script's default.
@@ -377,7 +377,7 @@ def train_table(rows, args):
     return "\n".join(lines)
 
 
-TABLES = {  # of each part, in the order of bench.py's help
+TABLES = {  # of each part but loader and gpu, in the order of the help
     "train": train_table,
     "peers": peers_table,
     "variants": variants_table,
@@ -413,7 +413,7 @@ def parse_args():
         "--busy", action="store_true", help="train, peers: beside a process that keeps one core busy"
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=1, help="train, steps, reuse: calls in a round")
+    parser.add_argument("--repeat", type=int, default=1, help="train, peers, steps, reuse: calls in a round")
     parser.add_argument("--seconds", type=float, default=3, help="loader: length of one period")
     parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"))
     parser.add_argument("--cache-dir", default=".cache")
@@ -498,7 +498,9 @@ def main():
     else:
         rows = record[args.part] = measure(args)
         batch = "" if args.part == "steps" else f"{args.meta_batch} tasks per iteration, "
-        threads = f"{torch.get_num_threads()} threads, {args.rounds} alternating rounds: medians"
+        side_by_side = args.part in ("train", "peers")
+        threads = f"{args.workers} workers" if side_by_side else f"{torch.get_num_threads()} threads"
+        threads += f", {args.rounds} alternating rounds: medians"
         print(f"{args.part}: {setting}, {batch}{args.precision}, on {args.device} with {threads}\n")
         print(TABLES[args.part](rows, args))
     if args.json:

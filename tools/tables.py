@@ -8,7 +8,7 @@ ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8
 validated.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
-iterations, ...). A budget other than the paper's stands in the table's head. A method that has no run is shown as missing.
+iterations, ...). A budget other than the paper's stands in the table's head. With several modes, a method that has no run is shown as missing.
 Intervals, 95 %, are over test tasks; modes are strata: overall is the mean of the modes' means, its interval
 1.96 sqrt(sum_m s_m^2 / n_m) / M. Differences are paired: the same formula on the differences task by task.
 """
@@ -60,7 +60,7 @@ PAIRS = (
 
 def pairs(runs, methods):
     """Which runs to compare: the methods among each other; a variant, or another seed, with the runs of its seed that
-    have no flags: of its own method and of the first."""
+    have no flags: of its own method, and of the family's first."""
     usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
     main = {run["method"]: run for run in runs if label(run) == run["method"]}
     found = [(main.get(methods[i]), main.get(methods[j])) for i, j in PAIRS]
@@ -76,7 +76,7 @@ def pairs(runs, methods):
 def by_seed(rows, reference, modes):
     """Where runs have several seeds: a line for each configuration, its seeds side by side in each cell -> Markdown, or "".
 
-    The base of the differences is the method `reference` without flags, or else with the fewest (a tuned `--lr` alone, say).
+    The base of the differences is the method `reference` without flags, or else of the shortest label (a tuned `--lr` alone, say).
     """
     runs = {}
     for run in rows:
@@ -159,7 +159,7 @@ def over_seeds(pairs, modes):
 
 def common_flags(runs, keys):
     """Flags that all runs of one family, budget, ways and shots have in common are no variants: they leave the runs'
-    `options` for `common`, a remark above the table. So does the smallest seed, `first_seed`, which rows do not name."""
+    `options` for `common`, a remark above the table. The smallest seed, `first_seed`, is not named in rows; the remark names it, unless it is 0."""
     groups = {}
     for run in runs:
         groups.setdefault(tuple(run[k] for k in keys), []).append(run)
@@ -205,7 +205,7 @@ def block(runs, singles):
 
 
 def in_order(runs, singles):
-    """Runs in the order of the paper's table, the missing methods among them, then variants and other seeds; on the same tasks."""
+    """Runs, cut to the same tasks: methods (with several modes all, in the paper's order), then variants and other seeds."""
     methods = FAMILIES[runs[0]["family"]]
     modes = runs[0]["modes"]
     usual = {run["method"]: run for run in runs if label(run) == run["method"]}
@@ -292,8 +292,8 @@ def differences(compared, first):
 
 
 def transference_tables(folders):
-    """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the folder
-    they were found in: they work where --out is this folder."""
+    """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the FOLDER
+    that was searched: they work where --out is this folder."""
     parts = []
     places = {file: place for place in folders for file in Path(place).rglob("transference.json")}
     for file, place in sorted(places.items()):
@@ -323,7 +323,7 @@ def transference_tables(folders):
 
 
 def kml_tables(runs, out, figures):
-    """Runs of the KML family -> parts of tables.md: one block of tables, and one figure, per setting and budget."""
+    """Runs of KML's methods -> parts of tables.md: one block of tables, and one figure, per setting, family and budget."""
     keys = ("family", "budget", "ways", "shots")
     common_flags(runs, keys)
     groups = {}
