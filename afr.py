@@ -399,7 +399,7 @@ def task_loss(params, task, args, kind, epsilon=None):
 
 
 def outputs_of_test(params, task, args, kind, w=None):
-    """ONE subtask in testing (Fig. 4c, 4e): w, unless it is given, is made from the support set. After that the inner loop adapts.
+    """ONE subtask in testing (Fig. 4c, 4e): w, unless given, is made from the support set. Then the inner loop adapts.
 
     Returns query outputs by both protocols; for classification also those of NIL, by the parameters before the inner loop.
     """

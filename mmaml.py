@@ -238,8 +238,9 @@ def task_loss(params, task, args, evaluate=False):
         logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # Between 7 and 8, not shown there: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this task only, while omega is fixed.
-    # The steps stay in the graph, so the query loss is differentiated through them: that is second order.
+    # Between 7 and 8, not shown there: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this
+    # task only, while omega is fixed. The steps stay in the graph, so the query loss is differentiated through
+    # them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
         for key, g in gradient.items():

@@ -454,8 +454,8 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     """ONE task: adapt the layers in --adapt to the support set by --steps inner steps, evaluate on the query set.
 
     Returns the query loss (), the only training signal of all parameters; the query logits (N*Q, N); and, if
-    `evaluate`, the inductive logits. noise: dict like what is adapted, added to each step's gradient of it (tools/inspect_gradients.py gives it). Numbers
-    in comments are lines of Algorithm 1.
+    `evaluate`, the inductive logits. Numbers in comments are lines of Algorithm 1. noise (tools/inspect_gradients.py
+    gives it): dict like what is adapted, added to each step's gradient of it.
     """
     support_x, query_x = normalise(task.support_x), normalise(task.query_x)
     keys = adapted_keys(args, params)

@@ -346,9 +346,9 @@ def adapt(params, adapted, rollouts, args):
 
 
 def adapted_policy(params, lived, args):
-    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy at the observations of the last ones.
+    """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy.
 
-    Returns means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
+    Returns, at the observations of the last ones, means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
     (line 16).
     """
     *before, after = lived

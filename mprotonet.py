@@ -218,7 +218,8 @@ def modulate(theta, omega, one=1):
     a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
     --distance-scale are controls for this.) Second, a step of encoder and generator changes the kernel about 100
     times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (Steps of
-    W have no such effect, because M scales them down too.) The bias offset db has no effect, because BatchNorm subtracts it (see kml.py).
+    W have no such effect, because M scales them down too.) The bias offset db has no effect, because BatchNorm
+    subtracts it (see kml.py).
     """
     modulated = theta | omega
     for key, change in omega.items():

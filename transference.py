@@ -25,11 +25,11 @@ loss falls), there is no neutral zone, and of the shares only that with LR < 1 i
 
 What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
 task takes the loss of this same task to 0.95 of what it was (median over tasks). (One step cannot take every network's loss
-there: then give a --self-transference nearer to 1.) --sweep shows how the shares depend on alpha. But a source's step is alpha times *its* gradient. Where a
-network fits its training tasks well, this is short, and transfer looks neutral. So a second table is printed, with LR(i -> i) of
-the source tasks, and the share of pairs whose gradients agree, which needs no alpha, and is what the share with LR < 1 becomes
-when alpha goes to 0. Intervals are over the tasks, for one trained network. They say nothing about other training runs of the
-same method, or about other alphas.
+there: then give a --self-transference nearer to 1.) --sweep shows how the shares depend on alpha. But a source's step is
+alpha times *its* gradient. Where a network fits its training tasks well, this is short, and transfer looks neutral. So a
+second table is printed, with LR(i -> i) of the source tasks, and the share of pairs whose gradients agree, which needs no
+alpha, and is what the share with LR < 1 becomes when alpha goes to 0. Intervals are over the tasks, for one trained
+network. They say nothing about other training runs of the same method, or about other alphas.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script; no training script imports another.
 Run:  python mprotonet.py --synthetic --quick --modes miniimagenet fc100 --keep-every 110 --out runs/example
