@@ -348,8 +348,8 @@ def adapt(params, adapted, rollouts, args):
 def adapted_policy(params, lived, args):
     """ONE task: the rollouts of each inner step and, last, those after all steps -> the adapted policy.
 
-    Returns, at the observations of the last ones, means (R, H, A) and log deviations (A,). As a function of params, this is what the outer step differentiates
-    (line 16).
+    Returns, at the observations of the last ones, means (R, H, A) and log deviations (A,). As a function of params,
+    this is what the outer step differentiates (line 16).
     """
     *before, after = lived
     adapted = start(params, args)
