@@ -162,8 +162,8 @@ def needs_building(folder):
 def problem(folder, full=False):
     """Find what is wrong with a cache folder -> one phrase, or "" if it is sound.
 
-    Checks the presence and length of each file, the dtype and shape of the arrays of images against classes.json, and checksums:
-    of some blocks of each file, drawn at random, or of all if `full`.
+    Checks the presence and length of each file, that arrays of images have a dtype and shape of images and as many as classes.json counts, and
+    checksums: of some blocks of each file, drawn at random, or of all if `full`.
     """
     folder = Path(folder)
     try:
@@ -211,7 +211,7 @@ def problem_of_arrays(folder, sealed, classes):
 
 
 def shared(folder):
-    """What the splits of a cache have in common, as found when it was built; "" if nothing."""
+    """What images or classes the splits of a cache share, as found when it was built, in words; "" if none."""
     try:
         return json.loads((Path(folder) / "shared.json").read_text())
     except OSError:  # the cache of an earlier version, or of synthetic images

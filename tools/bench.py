@@ -29,7 +29,7 @@ peers     Milliseconds of one training iteration without modulation (MAML, Proto
           are installed, each in its own way: higher for MAML's steps, easyfsl for ProtoNet. `pip install higher easyfsl torchvision`.
 
 variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
-            loop      one task after another, backward after each: what the scripts do on a CPU
+            loop      one task after another, backward after each: what a worker of the scripts does on a CPU
             vmap      all tasks together, each convolution a grouped one: the scripts on a GPU with --eager
             unfold    vmap, each convolution written as unfold and a batched matrix product
             compiled  vmap under torch.compile (on a CPU only if it is named: compiling takes many minutes, and does not count)
@@ -46,7 +46,7 @@ gpu       One command for whoever has a GPU, without a data set: the card, how f
 
 reuse     Milliseconds of afr.py's methods beside MAML's, in training (the gradients of one meta-batch) and in testing (from a task's
           images to its query outputs, paper protocol, classification head), and parameters beside MAML's. (The paper claims: 1.7
-          and 2.3 times faster, 1.1 times the parameters; its abstract 1.5 times faster.) Tasks are drawn before.
+          times faster in training and 2.3 in testing, 1.1 times the parameters; its abstract 1.5 times faster.) Tasks are drawn before.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def pairs(runs, methods):
 def by_seed(rows, reference, modes):
     """Where runs have several seeds: a line for each configuration, its seeds side by side in each cell -> Markdown, or "".
 
-    The base of the differences is the method `reference` without flags, or else of the shortest label (a tuned `--lr` alone, say).
+    The base of the differences is `reference` without flags, or else its configuration with the shortest label (a tuned `--lr` alone, say).
     """
     runs = {}
     for run in rows:
@@ -420,7 +420,7 @@ def main():
     text, figures = make(args.folders, out)
     if not text:
         fail(
-            f"no result.json of a table under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first"
+            f"no result.json or transference.json that a table could show under {' '.join(args.folders)}: try bash run_all.sh --quick --synthetic first"
         )
     if importlib.util.find_spec("matplotlib") is None:
         print("note: matplotlib is not installed, so there are no figures", file=sys.stderr)
