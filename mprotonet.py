@@ -236,8 +236,8 @@ def modulate(theta, omega, one=1):
 def init_params(args):
     """Draw all parameters from the seed -> flat dict. The base network's are the same for every modulation.
 
-    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest. The mean of |M| starts at 0.006, its
-    root mean square at 0.01 (--generator full: 0.09 and 0.11).
+    As in MMAML's code: Xavier and zero for the base, PyTorch's default for the rest. The mean of |M| starts at
+    0.006, its root mean square at 0.01 (--generator full: 0.09 and 0.11).
     """
     rng = torch.Generator().manual_seed(args.seed)
     params = {}

@@ -239,23 +239,17 @@ def test_quick_is_a_preset_that_flags_override(monkeypatch):
     assert kml.get_args([]).image_size == 84
 
 
+MAML_VARIANTS = (
+    "--no-norm-affine",
+    "--adapt modulated",
+    "--embed constant",
+    "--repeat-tasks",
+    "--inner-lr 0.5",
+    "--image-size 28",
+)
 VARIANTS = {  # flags that make another run than the paper's
-    kml: (
-        "--no-norm-affine",
-        "--adapt modulated",
-        "--embed constant",
-        "--repeat-tasks",
-        "--inner-lr 0.5",
-        "--image-size 28",
-    ),
-    mmaml: (
-        "--no-norm-affine",
-        "--adapt modulated",
-        "--embed constant",
-        "--repeat-tasks",
-        "--inner-lr 0.5",
-        "--image-size 28",
-    ),
+    kml: MAML_VARIANTS,
+    mmaml: MAML_VARIANTS,
     mprotonet: (
         "--no-residual",
         "--embed query",
