@@ -1,7 +1,11 @@
-"""Fixtures that tests in all rooms share."""
+"""Fixtures that tests in all rooms share, and the number of threads that tests and the scripts they start may use."""
+
+import os
 
 import pytest
 
+# Before PyTorch is imported: with two threads in each of two tests, threads wait for one another, on busy cores for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("tests.helpers")
 
 from fewshot.run import Run  # noqa: E402
