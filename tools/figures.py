@@ -8,6 +8,8 @@ import numpy as np
 from data import read_log
 from tools.reading import budget_text, label, score, title
 
+KINDS_OF_LINES = ("-", "--", ":", "-.")
+
 
 def curves(runs, singles, file):
     """Training accuracy of each run against iterations, a panel a mode -> PNG `file`. Points are means over log lines."""
@@ -21,12 +23,18 @@ def curves(runs, singles, file):
         1, len(modes), figsize=(5 * len(modes) + 2, 4), squeeze=False, layout="constrained"
     )
     alone = [run for (_, mode), run in singles.items() if mode in modes and len(modes) > 1]
-    styles = {
-        name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        for i, name in enumerate(sorted({label(run) for run in [*runs, *alone]}))
-    }
+    shown = sorted([*runs, *alone], key=label)
+    methods = sorted({label(run, False) for run in shown})
+    seeds = sorted({run["seed"] for run in shown})
+
+    def style(run):
+        """A colour for each method, a kind of line for each seed."""
+        turn, colour = divmod(methods.index(label(run, False)), 10)
+        kind = (seeds.index(run["seed"]) + turn) % len(KINDS_OF_LINES)
+        return {"color": f"C{colour}", "linestyle": KINDS_OF_LINES[kind]}
+
     for mode, axis in zip(modes, panels[0]):
-        for run in (run for run in sorted([*runs, *alone], key=label) if mode in run["modes"]):
+        for run in (run for run in shown if mode in run["modes"]):
             log = run["file"].parent / "log.jsonl"
             lines = read_log(log)
             if not lines:
@@ -37,7 +45,7 @@ def curves(runs, singles, file):
             ]
             of = max(1, len(lines) // 40)  # 40 to 79 points of a long log: fewer, less noisy ones
             points = np.array(lines[len(lines) % of :]).reshape(-1, of, 2).mean(1)
-            axis.plot(*points.T, **styles[label(run)], label=label(run).replace("`", ""), linewidth=1.3)
+            axis.plot(*points.T, **style(run), label=label(run).replace("`", ""), linewidth=1.3)
         axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
