@@ -24,8 +24,8 @@ shows no inner loop, and no code was released for MMAML+KML. MMAML's code modula
 KML's for ProtoNet does so too. The default here is what the two give together: the inner loop adapts theta. A
 step of theta then moves an entry of W-hat (1 + M)^2 times as far as a step on W-hat itself would. But lines 7
 and 8 (make theta-hat; take its loss on the query set) can also be read so that the steps change W-hat itself.
-This is --adapt modulated. In our runs (RESULTS.md) it is ahead of MAML, as in the paper; the default is only level
-with MAML.
+This is --adapt modulated. In our runs it is ahead of MAML, as in the paper, and the default is level with MAML.
+RESULTS.md shows what this has to do with the length of the inner steps.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command,
 given again, continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.

@@ -34,7 +34,7 @@ from tests.helpers import (
     make_params,
     make_task,
 )
-from tools import baselines
+from tools import baselines, inspect_modulation
 
 
 @pytest.mark.parametrize("module, modulation", MODULATED)
@@ -601,3 +601,25 @@ def test_the_benchmarks_plain_baseline_computes_the_same(module, modulation):
         torch.autograd.grad(loss, list(params.values())), torch.autograd.grad(expected, list(params.values()))
     ):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
+def test_norms_of_filters_change_steps_and_nothing_else():
+    """BatchNorm divides a filter's norm out of its output, but a filter of half the norm has twice the gradient."""
+    _, params = make_params(kml, "none", "--image-size", 28)
+    task = make_task(ways=3, shots=5, size=28)
+    base = kml.group(params, "base")
+    factors = torch.tensor([0.5, 2.0, 1.0, 3.0]).double()
+    modulated = base | {"conv1.weight": base["conv1.weight"] * factors[:, None, None, None]}
+
+    assert torch.allclose(inspect_modulation.filter_norms(base, modulated, "conv1"), factors)
+    back = inspect_modulation.scale_back(base, modulated)
+    assert all(torch.allclose(back[key], base[key]) for key in base)
+
+    def loss(theta):
+        logits, _ = kml.forward(theta, task.support_x)
+        return F.cross_entropy(logits, task.support_y)
+
+    one, other = (torch.func.grad_and_value(loss)(theta) for theta in (base, modulated))
+    assert one[1].item() == pytest.approx(other[1].item(), rel=1e-3)
+    lengths = [gradient["conv1.weight"].flatten(1).norm(dim=1) for gradient, _ in (one, other)]
+    assert torch.allclose(lengths[1] * factors, lengths[0], rtol=0.02)

@@ -23,7 +23,7 @@ or in its folders seed0, seed1, ...:
     <!-- differences of results/five-modes
     pairs: kml - mprotonet = KML - FiLM; kml - protonet = KML - ProtoNet -->
 
-`<!-- validation of results/five-modes/seed0 -->` shows how runs came along: accuracy on validation tasks against iterations.
+`<!-- validation of results/five-modes/seed0 -->` (or several folders) shows how runs came along: accuracy on validation tasks against iterations.
 """
 
 import argparse
@@ -54,24 +54,43 @@ def markdown_tables(text):
     return found
 
 
+def modulation_run(row):
+    """What a table calls a run that inspect_modulation.py measured."""
+    form = "W * M" if row.get("no_residual") else "W * (1 + M)"  # kml.py has no such flag
+    constant = ", constant v" if row.get("embed") == "constant" else ""
+    longer = ", 10,000 iterations" if row["iteration"] == 10000 else ""
+    return f"{form}{constant}, seed {row['seed']}{longer}"
+
+
+def change(what):
+    """What a column shows of a row: by how much accuracy changes with another v, or with filters scaled back."""
+    return lambda row: "{mean:+.2f} ± {ci95:.2f}".format(**row["change"][what]["overall"])
+
+
 def modulation_table(rows):
     """What inspect_modulation.py wrote -> Markdown: accuracy with a task's own v, and the change with another."""
 
-    def name(row):
-        form = "W * M" if row.get("no_residual") else "W * (1 + M)"  # kml.py has no such flag
-        longer = ", 10,000 iterations" if row["iteration"] == 10000 else ""
-        return f"{form}, seed {row['seed']}{longer}"
-
-    def change(vector):
-        return lambda row: "{mean:+.2f} ± {ci95:.2f}".format(**row["change"][vector]["overall"])
-
     columns = {
-        "run": name,
+        "run": modulation_run,
         "its own v": lambda row: f"{row['accuracy']['its own v']['overall']['mean']:.2f}",
         "its mode's mean v": change("its mode's mean"),
         "the mean of both modes": change("the mean of all"),
         "the other mode's mean": change("another mode's mean"),
     }
+    return reading.table(rows, columns)
+
+
+def norms_table(rows):
+    """The same -> Markdown: by what factor modulation changes the norms of filters, median (smallest to largest).
+
+    The last column is the change in accuracy when filters are scaled back to their former norms.
+    """
+
+    def factor(layer):
+        return lambda row: "{1:.2f} ({0:.2f} to {2:.2f})".format(*row["outputs"][layer]["norm"])
+
+    columns = {"run": modulation_run} | {layer: factor(layer) for layer in rows[0]["outputs"]}
+    columns["accuracy with former norms"] = change("filters scaled back")
     return reading.table(rows, columns)
 
 
@@ -115,11 +134,12 @@ def trials_table(folder):
     return reading.table(found, columns)
 
 
-def validation_table(place):
-    """Logs of the runs in a folder -> Markdown: accuracy in % on validation tasks (paper protocol) at each validation."""
+def validation_table(places):
+    """Logs of the runs in folders -> Markdown: accuracy in % on validation tasks (paper protocol) at each validation."""
     found = {}
-    for file in sorted(place.glob("*/log.jsonl")):
-        found[file.parent.name] = validations(file)
+    for place in places:
+        for file in sorted(Path(place).glob("*/log.jsonl")):
+            found[file.parent.name] = validations(file)
     iterations = sorted({i for of in found.values() for i in of})
 
     def cell(iteration):
@@ -147,7 +167,11 @@ def source(places):
                 f"a marker asks for tables of {path}, which is not there: run this from the repository's root"
             )
     if all(path.name == "modulation.json" for path in paths):
-        return modulation_table([row for path in paths for row in json.loads(path.read_text())])
+        rows = [row for path in paths for row in json.loads(path.read_text())]
+        measured = [
+            row for row in rows if "filters scaled back" in row["change"]
+        ]  # older files have no norms
+        return modulation_table(rows) + ("\n" + norms_table(measured) if measured else "")
     if paths[0].name == "gradients.json":
         found = json.loads(paths[0].read_text())["found"]
         shown = [row for row in found if row.get("spectrum")]
@@ -246,7 +270,7 @@ def filled(text):
         if kind == "differences":
             return opening + differences(Path(places), options["pairs"]) + closing
         if kind == "validation":
-            return opening + render(1, validation_table(Path(places)), places, options) + closing
+            return opening + render(1, validation_table(places.split()), places, options) + closing
         return opening + render(int(kind.split()[1]), source(places.split()), places, options) + closing
 
     return MARKED.sub(anew, text)

@@ -9,15 +9,21 @@ prints, over the runs' test tasks, in the terms of the KML paper (Eq. 6 to 8):
     task     root mean square of what is left of M without its mean over all tasks: the part that depends on the task.
     mode     root mean square of the modes' mean M without the mean of these: the part that depends on the mode alone.
 
-of the outputs of each convolution, over channels and the first 20 test tasks, in the support pass:
+of each filter, over the first 20 test tasks, its norm after modulation relative to that before:
+
+    norm     smallest, median and largest. BatchNorm divides a filter's norm out of its output. But a gradient step on a filter
+             of half the norm turns it four times as far: the gradient is twice as long, the filter half as long.
+
+of the outputs of each convolution, over channels and these tasks, in the support pass:
 
     variance    smallest, median and largest. BatchNorm adds 1e-5 to it, which a small kernel's does not outweigh.
     deviation   what BatchNorm leaves of it, sqrt(variance / (variance + 1e-5)): 1 where the output is truly normalised.
 
 and of v: how many test tasks lie nearest to the mean v of their own mode, the means being of validation tasks. A mode's
-share of all tasks is what guessing gives. Last, what the network does with v: its accuracy (paper's protocol) when each test
+share of all tasks is what guessing gives. Then what the network does with v: its accuracy (paper's protocol) when each test
 task is given, in place of its own v, the mean v of its mode, of all modes, or of another mode; in brackets what that changes,
-task by task.
+task by task. Last, what the norms of filters do: its accuracy when each modulated filter is scaled back to the norm that it
+had before modulation. That leaves what a filter computes as it is (but for BatchNorm's epsilon) and changes the steps on it.
 """
 
 import argparse
@@ -89,6 +95,32 @@ def accuracies(module, args, params, episodes, vs):
     return found
 
 
+def filter_norms(base, modulated, layer):
+    """Norm of each filter of a layer after modulation, relative to its norm before -> (C_out,)."""
+    before, after = (params[f"{layer}.weight"].flatten(1).norm(dim=1) for params in (base, modulated))
+    return after / before
+
+
+def scale_back(base, modulated):
+    """Modulated parameters, each filter scaled to the norm that it had before modulation."""
+    scaled = dict(modulated)
+    for key in base:
+        if key.startswith("conv") and key.endswith(".weight"):
+            factor = filter_norms(base, modulated, key.removesuffix(".weight"))
+            scaled[key] = modulated[key] / factor.view(-1, 1, 1, 1)
+    return scaled
+
+
+def accuracies_scaled_back(module, args, params, episodes, vs):
+    """What `accuracies` gives where every modulated filter has the norm that it had before modulation."""
+    modulate = module.modulate
+    module.modulate = lambda base, omega, *one: scale_back(base, modulate(base, omega, *one))
+    try:
+        return accuracies(module, args, params, episodes, vs)
+    finally:
+        module.modulate = modulate
+
+
 def output_variances(module, params, x):
     """Variances of the convolutions' outputs for images x (n, 3, S, S) -> {layer: (C_out,)}; `params` as modulated."""
     found = {}
@@ -100,20 +132,27 @@ def output_variances(module, params, x):
 
 
 def scales(module, args, params, episodes, count):
-    """Over the first `count` tasks -> {layer: {"variance", "deviation": [smallest, median, largest]}}."""
+    """Over the first `count` tasks -> {layer: {"norm", "variance", "deviation": [smallest, median, largest]}}."""
     one = [0] if getattr(args, "no_residual", False) else []
+    base = module.group(params, "base")
+    norms = {f"conv{l}": [] for l in module.LAYERS}
     seen = {f"conv{l}": [] for l in module.LAYERS}
     for j in range(count):
         support_x = episodes.tasks(j, 1).support_x[0]
         omega = module.modulation(params, module.encode_task(params, support_x))
-        modulated = module.modulate(module.group(params, "base"), omega, *one)
+        modulated = module.modulate(base, omega, *one)
         for layer, variance in output_variances(module, modulated, support_x).items():
             seen[layer].append(variance)
+            norms[layer].append(filter_norms(base, modulated, layer))
     found = {}
     for layer, variances in seen.items():
         variance = torch.cat(variances)
         deviation = (variance / (variance + 1e-5)).sqrt()
-        found[layer] = {"variance": spread(variance), "deviation": spread(deviation)}
+        found[layer] = {
+            "norm": spread(torch.cat(norms[layer])),
+            "variance": spread(variance),
+            "deviation": spread(deviation),
+        }
     return found
 
 
@@ -151,7 +190,9 @@ def inspect(folder, count, data_root, cache_dir):
         "the mean of all": centres.mean(0).expand(count, -1),
     }
     vs |= {"another mode's mean": centres[(mode + 1) % len(modes)]} if len(modes) > 1 else {}
-    per_task = {what: np.array(x) for what, x in accuracies(module, args, params, test, vs).items()}
+    found = accuracies(module, args, params, test, vs)
+    found |= accuracies_scaled_back(module, args, params, test, {"filters scaled back": v})
+    per_task = {what: np.array(x) for what, x in found.items()}
     scores = {what: module.summary(x, args.modes) for what, x in per_task.items()}
     changes = {what: module.summary(x - per_task["its own v"], args.modes) for what, x in per_task.items()}
     options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
@@ -205,9 +246,10 @@ def main():
         for layer, x in row["M"].items():
             print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
         for layer, x in row["outputs"].items():
-            variance, deviation = (
-                " to ".join(f"{y:.3g}" for y in x[what]) for what in ("variance", "deviation")
+            norm, variance, deviation = (
+                " to ".join(f"{y:.3g}" for y in x[what]) for what in ("norm", "variance", "deviation")
             )
+            print(f"    {layer}: modulation multiplies the norms of filters by {norm}")
             print(f"    {layer}: outputs have variance {variance}, after BatchNorm deviation {deviation}")
         print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
         for what, score in row["accuracy"].items():
