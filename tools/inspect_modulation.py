@@ -165,6 +165,19 @@ def rms(x):
     return x.square().mean().sqrt().item()
 
 
+def sizes(M, mode, modes):
+    """{layer: M of the tasks (count, entries)}, mode (count,) -> {layer: {"size", "task", "mode"}}: see above."""
+    found = {}
+    for key, x in M.items():
+        of_modes = torch.stack([x[mode == m].mean(0) for m in modes])
+        found[key.split(".")[0]] = {
+            "size": rms(x),
+            "task": rms(x - x.mean(0)),
+            "mode": rms(of_modes - of_modes.mean(0)),
+        }
+    return found
+
+
 @torch.no_grad()
 def inspect(folder, count, data_root, cache_dir):
     """One run -> dict: size of M by layer, and how well v tells the modes apart (see above)."""
@@ -176,14 +189,6 @@ def inspect(folder, count, data_root, cache_dir):
     v, M, mode = embed_and_modulate(module, params, test, count)
     centres = torch.stack([v_val[mode_val == m].mean(0) for m in modes])
     nearest = torch.cdist(v, centres).argmin(1)
-    layers = {}
-    for k, x in M.items():
-        of_modes = torch.stack([x[mode == m].mean(0) for m in modes])
-        layers[k.split(".")[0]] = {
-            "size": rms(x),
-            "task": rms(x - x.mean(0)),
-            "mode": rms(of_modes - of_modes.mean(0)),
-        }
     vs = {
         "its own v": v,
         "its mode's mean": centres[mode],
@@ -205,7 +210,7 @@ def inspect(folder, count, data_root, cache_dir):
         "iteration": iteration,
         "tasks": count,
         "synthetic": args.synthetic,
-        "M": layers,
+        "M": sizes(M, mode, modes),
         "accuracy": scores,
         "outputs": scales(module, args, params, test, min(count, 20)),
         "change": changes,
