@@ -86,6 +86,7 @@ ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itsel
 EMBED_HELP = (
     "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
 )
+CONV4_HELP = "step size of conv4's kernels, a control of ours; --inner-lr unless given"
 REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
@@ -241,6 +242,13 @@ def init_params(args):
 # ------------------------------------------------------------------------------------------------- algorithm
 
 
+def step_size(key, args):
+    """Alpha, the step size of one tensor of theta: --inner-lr, or for the last kernels --conv4-lr, if given."""
+    if key == "conv4.weight" and args.conv4_lr is not None:
+        return args.conv4_lr
+    return args.inner_lr
+
+
 def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, adapt to the support set, evaluate on the query set.
 
@@ -270,7 +278,7 @@ def task_loss(params, task, args, evaluate=False):
             if args.first_order:
                 g = g.detach()
             g = g.clamp(-args.inner_clip, args.inner_clip)
-            theta = theta | {key: theta[key] - args.inner_lr * g}
+            theta = theta | {key: theta[key] - step_size(key, args) * g}
 
     adapted = modulate(theta, omega)
     logits, _ = forward(adapted, task.query_x)  # (N*Q, N)
@@ -505,6 +513,7 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")
+    p.add_argument("--conv4-lr", type=float, help=CONV4_HELP)
     p.add_argument(
         "--inner-clip", type=float, default=20.0, help="bound on each entry of their gradient (C: 20)"
     )
