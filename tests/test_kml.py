@@ -424,14 +424,15 @@ def test_first_order_holds_the_inner_gradients_constant():
     assert not torch.allclose(again["conv4.weight"].grad, params["conv4.weight"].grad, rtol=1e-2)
 
 
-def adapted_by_hand(module, theta, omega, task, clip):
+def adapted_by_hand(module, theta, omega, task, clip, conv4_lr=0.1):
     """Two inner steps of size 0.1 on `theta` under a fixed omega, by torch.autograd.grad -> the parameters for the queries."""
+    sizes = dict.fromkeys(theta, 0.1) | {"conv4.weight": conv4_lr}
     for _ in range(2):
         logits, _ = module.forward(module.modulate(theta, omega), task.support_x)
         grads = torch.autograd.grad(
             F.cross_entropy(logits, task.support_y), list(theta.values()), create_graph=True
         )
-        theta = {k: theta[k] - 0.1 * g.clamp(-clip, clip) for k, g in zip(theta, grads)}
+        theta = {k: theta[k] - sizes[k] * g.clamp(-clip, clip) for k, g in zip(theta, grads)}
     return module.modulate(theta, omega)
 
 
@@ -453,6 +454,21 @@ def test_what_the_inner_loop_adapts(module, modulation, adapt):
         found = torch.autograd.grad(loss, params["encoder.linear.weight"])[0]
         wanted = F.cross_entropy(module.forward(adapted, task.query_x)[0], task.query_y)
         torch.testing.assert_close(found, torch.autograd.grad(wanted, params["encoder.linear.weight"])[0])
+
+
+@pytest.mark.parametrize("module, modulation", [case for case in CASES if case[0] is not mprotonet])
+@pytest.mark.parametrize("size", [0.0, 0.1, 1.0])
+def test_the_last_kernels_have_a_step_size_of_their_own(module, modulation, size):
+    """--conv4-lr changes the step of conv4's kernels and of nothing else; as large as --inner-lr, it changes no bit."""
+    args, params = make_params(module, modulation, "--inner-lr", 0.1, "--conv4-lr", size)
+    task, theta, omega = make_task(), module.group(params, "base"), {}
+    if modulation != "none":
+        omega = module.modulation(params, module.encode_task(params, task.support_x))
+    adapted = adapted_by_hand(module, theta, omega, task, 20, conv4_lr=size)
+    _, logits = module.task_loss(params, task, args)
+    torch.testing.assert_close(logits, module.forward(adapted, task.query_x)[0])
+    usual, _ = make_params(module, modulation, "--inner-lr", 0.1)
+    assert torch.equal(logits, module.task_loss(params, task, usual)[1]) == (size == 0.1)
 
 
 @pytest.mark.parametrize("module, modulation", MODULATED_MAML)

@@ -22,6 +22,7 @@ OPTIONS = {
     "first_order": False,
     "inner_clip": 20.0,
     "inner_lr": 0.05,
+    "conv4_lr": None,
     "inner_steps": 5,
     "no_residual": False,
     "embed": "support",
