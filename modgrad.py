@@ -82,10 +82,8 @@ DEFAULTS = {
     "tnet": (5, 0.01, "all"),
 }
 CONTEXT_LAYER = 3  # whose channels CAVIA's context scales and shifts
-NORMALISE = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's mean and deviation of red, green, blue
+MEANS = (0.485, 0.456, 0.406)  # ImageNet's, of red, green, blue
+DEVIATIONS = (0.229, 0.224, 0.225)
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -242,12 +240,9 @@ def run_blocks(params, x, norm, args, first=0, last=None):
 
 
 def normalise(x):
-    """Images in [0, 1] -> minus ImageNet's mean, over its standard deviation, per colour.
-
-    It has Python floats, because copying a tensor of constants to the GPU would make the host wait.
-    """
-    colours = []
-    for colour, mean, deviation in zip(x.unbind(-3), *NORMALISE):
+    """Images in [0, 1] -> minus ImageNet's mean, over its standard deviation, per colour."""
+    colours = []  # Python floats, because copying a tensor of constants to the GPU would make the host wait
+    for colour, mean, deviation in zip(x.unbind(-3), MEANS, DEVIATIONS):
         colours.append((colour - mean) / deviation)
     return torch.stack(colours, -3)
 
@@ -450,6 +445,21 @@ def modulation(params, v, like):
 # ------------------------------------------------------------------------------------------------- algorithm
 
 
+def start(params, args):
+    """What inner steps start from: theta^0, the layers in --adapt; for CAVIA, a context of zeros."""
+    if args.algorithm == "cavia":
+        return {"context": params["generator.film.weight"].new_zeros(args.context)}
+    return {k: params[k] for k in adapted_keys(args, params)}
+
+
+def merged(params, adapted, args):
+    """The network's parameters after inner steps; for CAVIA, the scales and shifts that its context makes."""
+    if args.algorithm == "cavia":
+        film = linear(params, "generator.film", adapted["context"])
+        return params | {f"conv{CONTEXT_LAYER}.film": film}
+    return params | adapted
+
+
 def task_loss(params, task, args, evaluate=False, noise=None):
     """ONE task: adapt the layers in --adapt to the support set by --steps inner steps, evaluate on the query set.
 
@@ -458,24 +468,14 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     gives it): dict like what is adapted, added to each step's gradient of it.
     """
     support_x, query_x = normalise(task.support_x), normalise(task.query_x)
-    keys = adapted_keys(args, params)
-    if args.algorithm == "cavia":
-        adapted = {"context": params["generator.film.weight"].new_zeros(args.context)}
-    else:
-        adapted = {k: params[k] for k in keys}  # 6: theta^0
-
-    def merged(adapted):
-        if args.algorithm == "cavia":
-            film = linear(params, "generator.film", adapted["context"])
-            return params | {f"conv{CONTEXT_LAYER}.film": film}
-        return params | adapted
+    adapted = start(params, args)  # 6: theta^0
 
     # Blocks before the first one that adapts see the same support images in every step, so they run once.
-    first = first_moving_block(args, keys)
+    first = first_moving_block(args, adapted)
     trunk = run_blocks(params, support_x, Norm(), args, 0, first)
 
     def support_loss(adapted):
-        logits = run_blocks(merged(adapted), trunk, Norm(), args, first)  # (N*K, N)
+        logits = run_blocks(merged(params, adapted, args), trunk, Norm(), args, first)  # (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
     def clip(gradient):
@@ -490,7 +490,7 @@ def task_loss(params, task, args, evaluate=False, noise=None):
     for _ in range(args.steps):  # 8
         adapted = STEPS[args.algorithm](params, adapted, support_loss, args, clip)  # 9-13
 
-    network = merged(adapted)
+    network = merged(params, adapted, args)
     logits = run_blocks(network, query_x, Norm(), args)  # (N*Q, N)
     loss = F.cross_entropy(logits, task.query_y)  # 16, 17
     if not evaluate:
