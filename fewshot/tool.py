@@ -1,92 +1,21 @@
 """The command line of data.py: list, prepare, verify and show data sets."""
 
-import io
 import json
 import os
 import re
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 from fewshot import store
 from fewshot.cache import find_source, prepare
-from fewshot.files import atomic_write, fail
+from fewshot.files import fail
 from fewshot.flags import AT_MOST, new_parser
 from fewshot.names import canonical_mode, folders_in, shortened, user_path
 from fewshot.published import DOWNLOADS, LAYOUTS, SPLITS
 from fewshot.scenes import depth_folders
+from fewshot.show import show, show_scenes
 
 COMMANDS = ("list", "prepare", "verify", "show")
-
-
-def show(episodes, number, path, cell=84):
-    """Write a picture of task `number`: a row per class, its support images left of the gap, its queries right."""
-    task = episodes.tasks(number, 1)
-    N, K, Q, gap = episodes.ways, episodes.shots, episodes.queries, 12
-    picture = Image.new("RGB", ((K + Q) * (cell + 2) + gap, N * (cell + 2) + 16), "white")
-    pen = ImageDraw.Draw(picture)
-    mode = "SYNTHETIC " * episodes.synthetic + episodes.modes[number % len(episodes.modes)]
-    pen.text((2, 2), f"{mode} {episodes.split} task {number}: support left of the gap, query right", "black")
-    for n in range(N):
-        for x, first, total, left in ((task.support_x[0], n * K, K, 0), (task.query_x[0], n * Q, Q, K)):
-            for i in range(total):
-                tile = (x[first + i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-                tile = Image.fromarray(tile).resize((cell, cell), Image.Resampling.NEAREST)
-                picture.paste(tile, ((left + i) * (cell + 2) + (gap if left else 0), n * (cell + 2) + 16))
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    atomic_write(path, content.getvalue())
-
-
-def show_scenes(mode, split, size, number, path, root, cache_dir, cell=150, rows=10):
-    """Write a picture: a row for each of the first `rows` domains: its image `number`, depth, normals, vanishing point."""
-    folder = prepare(mode, size, root, cache_dir, mode == "scenes")
-    images, depth, normals, domains = (
-        np.load(folder / f"{split}{end}.npy") for end in ("", "-depth", "-normals", "-domains")
-    )
-    points = (
-        np.load(folder / f"{split}-vanishing.npy") if (folder / f"{split}-vanishing.npy").exists() else None
-    )
-    kinds = [
-        name for name, count in json.loads((folder / "classes.json").read_text())[split] for _ in range(count)
-    ]
-    heads = ["image", "depth, near is bright", "normals", *["vanishing point"] * (points is not None)]
-    count = min(rows, domains.max() + 1)
-    picture = Image.new("RGB", (len(heads) * (cell + 4), count * (cell + 18) + 34), "white")
-    pen = ImageDraw.Draw(picture)
-    mark = "RAY-CAST, NOT MMT: " * (mode == "scenes")
-    pen.text(
-        (2, 2),
-        f"{mark}{mode} {split}, image {number} of each domain; black in depth and normals is not known",
-        "black",
-    )
-    for column, head in enumerate(heads):
-        pen.text((column * (cell + 4) + 2, 17), head, "black")
-    for row in range(count):
-        of = np.flatnonzero(domains == row)
-        i, top = of[number % len(of)], row * (cell + 18) + 34
-        far = depth[i].max()
-        near = np.where(depth[i] > 0, 255 - 215.0 * depth[i] / far, 0)
-        for column, tile in enumerate(
-            [images[i], near, normals[i] / 257, *[images[i]] * (points is not None)]
-        ):
-            left = column * (cell + 4) + 2
-            tile = (
-                Image.fromarray(tile.astype(np.uint8))
-                .convert("RGB")
-                .resize((cell, cell), Image.Resampling.NEAREST)
-            )
-            picture.paste(tile, (left, top))
-            if column == 3:
-                x, y = left + points[i, 0] * cell, top + points[i, 1] * cell
-                for reach_x, reach_y in ((8, 0), (0, 8)):
-                    pen.line((x - reach_x, y - reach_y, x + reach_x, y + reach_y), "red", 2)
-        pen.text((2, top + cell + 1), f"domain {row}, {kinds[i]}", "black")
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    atomic_write(path, content.getvalue())
 
 
 def get_args(argv=None):
