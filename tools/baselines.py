@@ -94,38 +94,23 @@ def baseline_sources(args):
     return sources
 
 
+def passed_on(args, shots, *more):
+    """Flags of the benchmark that a script gets too, `more` among them -> words of its command line. It writes no run."""
+    words = ["--out", "-", "--shots", shots]
+    for key in ("modes", "ways", "queries", "image_size", "data_root", "cache_dir", "device", *more):
+        value = getattr(args, key)
+        words.append(f"--{key.replace('_', '-')}")
+        words += value if key == "modes" else [value]
+    if args.synthetic:
+        words.append("--synthetic")
+    return [str(word) for word in words]
+
+
 def script_args(name, args, shots):
     """A script as a module, and its arguments for the shapes that are measured."""
     module = importlib.import_module(name)
-    words = [
-        "--modulation",
-        SCRIPTS[name],
-        "--modes",
-        *args.modes,
-        "--ways",
-        args.ways,
-        "--shots",
-        shots,
-        "--queries",
-        args.queries,
-        "--image-size",
-        args.image_size,
-        "--meta-batch",
-        args.meta_batch,
-        "--data-root",
-        args.data_root,
-        "--cache-dir",
-        args.cache_dir,
-        "--device",
-        args.device,
-        "--precision",
-        args.precision,
-        "--workers",
-        args.workers,
-        "--out",
-        "-",
-    ]
-    return module, module.get_args([str(word) for word in words] + ["--synthetic"] * args.synthetic)
+    words = passed_on(args, shots, "meta_batch", "precision", "workers")
+    return module, module.get_args(["--modulation", SCRIPTS[name], *words])
 
 
 def prepare_step(name, args, shots):
@@ -356,44 +341,30 @@ def prepare_variant(variant, module, options, params, **compiler):
 
 def prepare_adaptation(words, args, shots):
     """-> step(): one inner step for one task, by the algorithm that `words` name; and its arguments."""
-    options = modgrad.get_args(
-        [
-            str(word)
-            for word in (
-                *words,
-                "--steps",
-                1,
-                "--modes",
-                *args.modes,
-                "--ways",
-                args.ways,
-                "--shots",
-                shots,
-                "--queries",
-                args.queries,
-                "--image-size",
-                args.image_size,
-                "--data-root",
-                args.data_root,
-                "--cache-dir",
-                args.cache_dir,
-                "--device",
-                args.device,
-                "--out",
-                "-",
-                *["--synthetic"] * args.synthetic,
-            )
-        ]
-    )
+    options = modgrad.get_args([*words, "--steps", "1", *passed_on(args, shots)])
     params = {k: w.to(options.device) for k, w in modgrad.init_params(options).items()}
     task = data.Task(*(x[0] for x in data.Episodes.of(options, "test").tasks(0, 1)))
-    inner_step, run_blocks, seen = modgrad.STEPS[options.algorithm], modgrad.run_blocks, []
+    before, given = inputs_of_a_step(params, task, options)
+    inner_step = modgrad.STEPS[options.algorithm]
 
-    def note(*given):  # the first call is for the layers before the first adapted one
+    @torch.no_grad()
+    def step():
+        modgrad.run_blocks(*before)
+        inner_step(*given)
+
+    return step, options
+
+
+def inputs_of_a_step(params, task, options):
+    """What modgrad.task_loss gives to run_blocks, for the layers before the first adapted one, and to its inner step."""
+    run_blocks = modgrad.run_blocks
+    seen = []
+
+    def note(*given):
         seen.append(given)
         return run_blocks(*given)
 
-    def stop(*given):  # what task_loss gives to a step; then no further, for the memory's sake
+    def stop(*given):  # task_loss goes no further, for the memory's sake
         seen.append(given)
         raise StopIteration
 
@@ -404,52 +375,17 @@ def prepare_adaptation(words, args, shots):
         torch.no_grad(),
     ):
         modgrad.task_loss(params, task, options)
-    before, given = seen
-
-    @torch.no_grad()
-    def step():
-        run_blocks(*before)
-        inner_step(*given)
-
-    return step, options
+    return seen
 
 
 def prepare_reuse(words, args, shots):
     """-> train(), the gradients of one meta-batch; test(), a task's query outputs; the arguments and the parameters."""
-    options = afr.get_args(
-        [
-            str(word)
-            for word in (
-                *words,
-                "--modes",
-                *args.modes,
-                "--ways",
-                args.ways,
-                "--shots",
-                shots,
-                "--queries",
-                args.queries,
-                "--image-size",
-                args.image_size,
-                "--meta-batch",
-                args.meta_batch,
-                "--precision",
-                args.precision,
-                "--data-root",
-                args.data_root,
-                "--cache-dir",
-                args.cache_dir,
-                "--device",
-                args.device,
-                "--out",
-                "-",
-                *["--synthetic"] * args.synthetic,
-            )
-        ]
-    )
+    options = afr.get_args([*words, *passed_on(args, shots, "meta_batch", "precision")])
     params = {k: w.to(options.device).requires_grad_() for k, w in afr.init_params(options).items()}
     batches = afr.MetaTasks(options, "train").tasks(0, args.meta_batch)
-    task, kind, epsilon = data.Task(*(x[0] for x in batches[0])), "classification", afr.draws(0, options)
+    task = data.Task(*(x[0] for x in batches[0]))
+    kind = "classification"
+    epsilon = afr.draws(0, options)
 
     def train():
         afr.run_tasks(params, batches, options, options.device != "cpu", epsilon=epsilon)
