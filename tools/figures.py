@@ -36,16 +36,15 @@ def curves(runs, singles, file):
     for mode, axis in zip(modes, panels[0]):
         for run in (run for run in shown if mode in run["modes"]):
             log = run["file"].parent / "log.jsonl"
-            lines = read_log(log)
-            if not lines:
+            points = []
+            for line in read_log(log):
+                if mode in line["accuracy"]:
+                    points.append((line["iteration"], line["accuracy"][mode]))
+            if not points:
                 print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
                 continue
-            lines = [
-                (line["iteration"], line["accuracy"][mode]) for line in lines if mode in line["accuracy"]
-            ]
-            of = max(1, len(lines) // 40)  # 40 to 79 points of a long log: fewer, less noisy ones
-            points = np.array(lines[len(lines) % of :]).reshape(-1, of, 2).mean(1)
-            axis.plot(*points.T, **style(run), label=label(run).replace("`", ""), linewidth=1.3)
+            name = label(run).replace("`", "")
+            axis.plot(*thinned(points, 40).T, **style(run), label=name, linewidth=1.3)
         axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
@@ -98,40 +97,14 @@ def rl_curves(runs, about, file):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     methods = sorted({label(run, False) for run in runs})
+    first_seed = min(run["seed"] for run in runs)
     for run in runs:
         style = {
             "color": f"C{methods.index(label(run, False))}",
-            "alpha": 1.0 if run["seed"] == min(r["seed"] for r in runs) else 0.5,
+            "alpha": 1.0 if run["seed"] == first_seed else 0.5,
         }
-        log = run["file"].parent / "log.jsonl"
-        try:
-            lines = read_log(log)
-            of = max(1, len(lines) // 50)  # 50 to 99 points of a long log
-            points = (
-                np.array(
-                    [
-                        [line["iteration"], line["returns"][0], line["returns"][-1]]
-                        for line in lines[len(lines) % of :]
-                    ]
-                )
-                .reshape(-1, of, 3)
-                .mean(1)
-            )
-            left.plot(points[:, 0], points[:, 2], linewidth=1.4, **style)
-            left.plot(points[:, 0], points[:, 1], ":", linewidth=1, **style)
-        except (OSError, ValueError, KeyError):
-            print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
-        scores = run["scores"]
-        right.errorbar(
-            range(len(scores)),
-            scores.mean(1),
-            1.96 * scores.std(1, ddof=1) / math.sqrt(scores.shape[1]),
-            capsize=2,
-            marker="o",
-            markersize=3,
-            label=label(run).replace("`", ""),
-            **style,
-        )
+        returns_of_training(left, run, style)
+        returns_of_tests(right, run, style)
     left.set(xlabel="iterations", ylabel="return on training tasks, before (dotted) and after")
     right.set(xlabel="inner updates", ylabel="return on test tasks", xticks=range(len(runs[0]["scores"])))
     for axis in (left, right):
@@ -140,6 +113,40 @@ def rl_curves(runs, about, file):
     figure.suptitle(f"{runs[0]['env']}\n{about}".strip(), fontsize="medium")
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def returns_of_training(axis, run, style):
+    """Draw the returns of a run's training tasks against iterations: dotted before the inner update, a line after it."""
+    log = run["file"].parent / "log.jsonl"
+    try:
+        points = [(line["iteration"], line["returns"][0], line["returns"][-1]) for line in read_log(log)]
+        iterations, before, after = thinned(points, 50).T
+    except (OSError, ValueError, KeyError):
+        print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
+        return
+    axis.plot(iterations, after, linewidth=1.4, **style)
+    axis.plot(iterations, before, ":", linewidth=1, **style)
+
+
+def returns_of_tests(axis, run, style):
+    """Draw the mean return of a run's test tasks against inner updates, with 95 % intervals over tasks."""
+    scores = run["scores"]  # (updates + 1, tasks)
+    updates = range(len(scores))
+    half_widths = 1.96 * scores.std(1, ddof=1) / math.sqrt(scores.shape[1])
+    name = label(run).replace("`", "")
+    axis.errorbar(
+        updates, scores.mean(1), half_widths, capsize=2, marker="o", markersize=3, label=name, **style
+    )
+
+
+def thinned(points, least):
+    """Points (n, k) of a log -> means of neighbours: `least` to twice as many points, fewer and less noisy ones.
+
+    What does not fill a mean is left out at the log's beginning.
+    """
+    each = max(1, len(points) // least)
+    points = np.array(points[len(points) % each :])
+    return points.reshape(-1, each, points.shape[-1]).mean(1)
 
 
 def against_shots(runs, about, file):
