@@ -58,11 +58,8 @@ def load(folder):
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
     if checkpoint["identity"].get("embed") == "query":
         fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
-    older = {
-        "distance_scale": 1.0,
-        "adapt": "modulated",
-        "conv4_lr": None,
-    }  # what runs before these flags did
+    # What runs did before there were these flags.
+    older = {"distance_scale": 1.0, "adapt": "modulated", "conv4_lr": None}
     return (
         module,
         argparse.Namespace(**older | checkpoint["identity"]),
