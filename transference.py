@@ -57,6 +57,7 @@ from data import (
     canonical_mode,
     cores,
     fail,
+    flags_of_run,
     in_threads,
     new_parser,
     plots,
@@ -316,9 +317,8 @@ def load(place):
 def states(place, at, device):
     """The states of one run that are asked for by `at` -> list of State."""
     identity, done, of, final, kept = load(place)
-    options = argparse.Namespace(
-        **{"distance_scale": 1.0} | identity, device=device
-    )  # older runs do not name distance_scale
+    options = flags_of_run(identity, mprotonet)
+    options.device = device
     found = []
     for moment in at:
         iteration = iteration_of(moment, of)

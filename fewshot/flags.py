@@ -16,6 +16,7 @@ __all__ = [
     "add_run_flags",
     "complete",
     "fill",
+    "flags_of_run",
     "new_parser",
     "parse",
     "reset_unused",
@@ -219,3 +220,13 @@ def identity(args):
     """What makes two runs the same run -> {"method" and the arguments that change what is learned}."""
     flags = {k: v for k, v in vars(args).items() if k not in NOT_IDENTITY}
     return {"method": args.method} | flags
+
+
+def flags_of_run(recorded, script, **before):
+    """The flags that a run of `script`, a module, was trained with -> Namespace. recorded: the identity in its checkpoint.
+
+    A flag that is newer than the run has its default. before: what runs did before there was a flag, where that is
+    another value than its default.
+    """
+    newer = identity(script.get_args([])) | before
+    return argparse.Namespace(**newer | recorded)

@@ -21,11 +21,13 @@ import mmaml
 import modgrad
 import modgrad_completion
 import modgrad_multishot
+import modgrad_rl
 import mprotonet
-from data import Task
+from data import Task, flags_of_run
 from fewshot import parallel as fewshot_parallel
 from fewshot import plots
 from fewshot import published as fewshot_published
+from fewshot.flags import identity
 from tests.helpers import (
     CASES,
     HERE,
@@ -268,6 +270,18 @@ VARIANTS = {  # flags that make another run than the paper's
     ),
     afr: ("--embed constant", "--filters 64", "--alpha 0.05", "--first-order", "--image-size 28"),
 }
+
+
+@pytest.mark.parametrize("module", [*VARIANTS, modgrad_completion, modgrad_multishot, modgrad_rl])
+def test_a_flag_newer_than_a_run_has_its_default(module):
+    now = identity(get_args(module))
+    for newer in now:
+        recorded = {key: f"recorded {key}" for key in now if key != newer}
+        expected = recorded | {newer: now[newer]}
+        assert vars(flags_of_run(recorded, module)) == expected
+        assert vars(flags_of_run(recorded, module, **{newer: "before"})) == expected | {newer: "before"}
+    gone = vars(flags_of_run({"dropped": 3}, module))
+    assert gone == now | {"dropped": 3}, "what an old run recorded is kept"
 
 
 @pytest.mark.parametrize(

@@ -784,29 +784,13 @@ def test_inspect_modulation(tmp_path, cache, monkeypatch):
         ("constant", mprotonet, ["--embed", "constant"]),
         ("none", mprotonet, ["--modulation", "none"]),
     ):
-        call(
-            module,
-            monkeypatch,
-            *TINY,
-            "--test-tasks",
-            10,
-            "--cache-dir",
-            cache,
-            "--out",
-            tmp_path / name,
-            *words,
-        )
-    done = run(
-        "tools.inspect_modulation",
-        tmp_path / "kml",
-        tmp_path / "constant",
-        "--cache-dir",
-        cache,
-        "--tasks",
-        10,
-        "--out",
-        tmp_path / "m.json",
-    )
+        out = "--out", tmp_path / name
+        call(module, monkeypatch, *TINY, "--test-tasks", 10, "--cache-dir", cache, *out, *words)
+    checkpoint = torch.load(tmp_path / "kml" / "checkpoint.pt", weights_only=True)
+    del checkpoint["identity"]["conv4_lr"], checkpoint["identity"]["repeat_tasks"]
+    torch.save(checkpoint, tmp_path / "kml" / "checkpoint.pt")  # as a run from before these flags wrote it
+    folders, out = (tmp_path / "kml", tmp_path / "constant"), ("--out", tmp_path / "m.json")
+    done = run("tools.inspect_modulation", *folders, "--cache-dir", cache, "--tasks", 10, *out)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" in done.stdout
     one, constant = json.loads((tmp_path / "m.json").read_text())

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import afr
-from data import atomic_write, fail, read_tensors
+from data import atomic_write, fail, flags_of_run, read_tensors
 
 SUBTASKS = 150  # test subtasks whose w is shown (the paper: 150)
 NAMES = ("cosine", "same_sign", "cosine_next", "same_sign_next")
@@ -165,19 +165,20 @@ def open_run(given):
     path = Path(given.run) / "checkpoint.pt"
     try:
         checkpoint = read_tensors(path)
-        args = argparse.Namespace(**checkpoint["identity"])
-        modulation = args.modulation
+        recorded, params = checkpoint["identity"], checkpoint["params"]
+        modulation, _ = recorded["modulation"], recorded["filters"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(
             f"{path} is no checkpoint of afr.py ({type(error).__name__}): train first, or name another folder"
         )
     if modulation == "none":
         fail(f"{given.run}: the run has no attention modules; name one of --modulation am or pam")
+    args = flags_of_run(recorded, afr)
     args.device = "cpu"
     args.data_root, args.cache_dir = given.data_root, given.cache_dir
     args.report_tasks = given.report_tasks
     args.title = f"{args.method} {afr.data_name(args)}"
-    return args, checkpoint["params"]
+    return args, params
 
 
 def main():

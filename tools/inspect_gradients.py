@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import modgrad
-from data import Episodes, Task, atomic_write, fail, read_tensors
+from data import Episodes, Task, atomic_write, fail, flags_of_run, read_tensors
 
 ENERGY = 0.9
 
@@ -47,16 +47,13 @@ def load(folder):
         fail(f"there is no {path}: train with modgrad.py first, or name the folder of a run")
     try:
         checkpoint = read_tensors(path)
-        options, params, done = (
-            argparse.Namespace(**checkpoint["identity"]),
-            checkpoint["params"],
-            checkpoint["iteration"],
-        )
+        recorded, params, done = checkpoint["identity"], checkpoint["params"], checkpoint["iteration"]
+        method = recorded["method"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a run")
-    if getattr(options, "algorithm", None) not in modgrad.STEPS or not hasattr(options, "backbone"):
-        fail(f"{folder} is a run of {options.method}: only those of modgrad.py are inspected here")
-    return options, params, done
+    if recorded.get("algorithm") not in modgrad.STEPS or "backbone" not in recorded:
+        fail(f"{folder} is a run of {method}: only those of modgrad.py are inspected here")
+    return flags_of_run(recorded, modgrad), params, done
 
 
 def adapted(params, options):

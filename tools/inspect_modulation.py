@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Episodes, Task, atomic_write, fail, read_tensors
+from data import Episodes, Task, atomic_write, fail, flags_of_run, read_tensors
 
 SCRIPTS = {"MMAML+KML": "kml", "MProtoNet+KML": "mprotonet"}
 
@@ -58,14 +58,9 @@ def load(folder):
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
     if checkpoint["identity"].get("embed") == "query":
         fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
-    # What runs did before there were these flags.
-    older = {"distance_scale": 1.0, "adapt": "modulated", "conv4_lr": None}
-    return (
-        module,
-        argparse.Namespace(**older | checkpoint["identity"]),
-        checkpoint["params"],
-        checkpoint["iteration"],
-    )
+    # Before there was --adapt, inner steps changed the modulated kernels.
+    args = flags_of_run(checkpoint["identity"], module, adapt="modulated")
+    return module, args, checkpoint["params"], checkpoint["iteration"]
 
 
 def embed_and_modulate(module, params, episodes, count):

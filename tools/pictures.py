@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import modgrad_completion
 import modgrad_rl
-from data import Episodes, atomic_write, fail, read_tensors
+from data import Episodes, atomic_write, fail, flags_of_run, read_tensors
 
 CELL = 96  # pixels of an image
 PLANE = 220  # pixels of the plane that navigation moves in
@@ -28,11 +28,13 @@ def open_run(folder, script, **more):
     """Read the checkpoint of a run of `script` -> its flags, with `more` added, and the checkpoint."""
     try:
         checkpoint = read_tensors(Path(folder) / "checkpoint.pt")
-        run = argparse.Namespace(**checkpoint["identity"], **more, device="cpu")
-        _ = run.pixels if script is modgrad_completion else run.env
+        recorded = checkpoint["identity"]
+        recorded["pixels" if script is modgrad_completion else "env"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         kind = f"a run of {script.__name__}.py"
         fail(f"{folder}: has no checkpoint of {kind} ({type(error).__name__}): name another folder")
+    run = flags_of_run(recorded | more, script)
+    run.device = "cpu"
     return run, checkpoint
 
 
