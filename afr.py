@@ -805,7 +805,7 @@ def add_algorithm_flags(p):
     p.add_argument("--steps", type=int, default=5, help="inner steps (in training: of classification)")
     p.add_argument("--alpha", type=float, nargs="+", metavar="A", help=ALPHA_HELP)
     p.add_argument("--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient")
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
+    p.add_argument("--first-order", action="store_true", help="leave out second derivatives (P: no)")
     p.add_argument("--head", default="modulated", choices=("modulated", "plain"), help=HEAD_HELP)
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--attention-blocks", type=int, default=2, help="blocks of query, key and value")

@@ -12,35 +12,37 @@ characters, birds, photographs). So a second, small network looks at the support
 The 1 makes M a residual: W holds what all modes share, M says how this task departs from it, and where M is
 0, W is used as it is. FiLM, in mmaml.py, has one factor and one shift per output channel, so it can turn a
 filter's output up or down and shift it; KML can turn the filter into another one. (One positive factor for all
-entries of a filter would have no effect here: the BatchNorm that follows the convolution divides it out. This is
-why FiLM stands after BatchNorm.)
+entries of a filter would not change what the filter computes: the BatchNorm that follows the convolution divides
+it out, but for its epsilon. This is why FiLM stands after BatchNorm.)
 With the outer product the generator has 329,595 parameters; with an output of its own for each kernel entry it
 would have 50.1 million. The outer product limits M: as a C_out x 9 C_in matrix it has rank 1 in layer 1 (one
 pattern of 27 entries, times a factor per filter) and rank 3 in layers 2 to 4 (one pattern of 3 C_in entries,
 times a factor per third of a filter).
 
-The inner loop adapts theta *under* a fixed M: the network of each step is modulate(theta, omega). Algorithm 2
-shows no inner loop, and no code was released for MMAML+KML. MMAML's code modulates inside the forward pass, and
-KML's for ProtoNet does so too. The default here is what the two give together: the inner loop adapts theta. A
-step of theta then moves an entry of W-hat (1 + M)^2 times as far as a step on W-hat itself would. But lines 7
-and 8 (make theta-hat; take its loss on the query set) can also be read so that the steps change W-hat itself.
-This is --adapt modulated. In our runs it is ahead of MAML, as in the paper, and the default is level with MAML.
-RESULTS.md shows what this has to do with the length of the inner steps.
+Algorithm 2 shows no inner loop, and no code was released for MMAML+KML, so it can be read in two ways.
+    --adapt theta      M is fixed, and the inner loop adapts theta *under* it: the network of each step is
+                       modulate(theta, omega). This is the default, because MMAML's code, and KML's for ProtoNet,
+                       modulate inside the forward pass.
+    --adapt modulated  Theta-hat is made once, and the inner loop adapts theta-hat itself.
+A step of theta moves an entry of W-hat (1 + M)^2 times as far as a step on W-hat itself would, unless its gradient
+is clipped. In our runs at 28 px --adapt modulated is ahead of MAML, as in the paper, and the default is level with
+MAML. RESULTS.md shows what this has to do with the length of the inner steps.
 
 A class of Omniglot is turned by a random multiple of 90 degrees in each task, in testing too. The same command,
 given again, continues a run that was stopped; on a CPU it ends with the same bits as a run that never stopped.
 
-Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift, as in KML's code; in MMAML's it has
-none. And the tasks of one iteration are all different; both codes load a batch of tasks of each mode and draw
-with replacement from it, so that with two modes about 2 of 10 are repeats. --no-norm-affine follows MMAML's code,
---repeat-tasks both codes, in training only.
+Two defaults depart from MMAML's released code. BatchNorm has a scale and a shift here, as in KML's code; in MMAML's
+it has none (--no-norm-affine). And all tasks of an iteration are different here. MMAML's and KML's codes load a
+batch of tasks of each mode and draw from it with replacement, so with two modes about 2 of 10 tasks are repeats.
+--repeat-tasks draws training tasks so, too; test tasks are always different.
 
     paper        here                        shape or keys           where
     theta        group(params, "base")       conv{l} norm{l} head    the network that adapts
     S_T, Q_T     task.support_*, .query_*    (N*K, 3, S, S) ...      N ways, K shots, Q queries, S pixels
     h, v_T       encode_task, v              (128,)                  Section 5.1
     g            modulation                  generator.conv{l}.*     Eq. 8, 9, Figure 4
-    M^l, db^l    omega["conv{l}.weight"]...  a matrix, (C_out,)      Eq. 8, 9
+    M^l          omega["conv{l}.weight"]     (3 C_out, 3 C_in)       Eq. 8; in layer 1 (C_out, 9 C_in)
+    db^l         omega["conv{l}.bias"]       (C_out,)                Eq. 9
     theta-hat    modulate                    like theta              Eq. 6, 7
 
 Read it beside mmaml.py (`diff mmaml.py kml.py`): one modulation in place of another, nothing else.
@@ -105,7 +107,7 @@ def group(params, name):
 def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
-    Unless given, the moments are those of the batch x itself, in training and in testing, because running
+    Unless given, the moments are those of the convolution of this batch, in training and in testing: running
     averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
     torch 2.13's vmap gets second derivatives wrong.
     """
@@ -123,7 +125,7 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is too coarse for 1 + M."""
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
@@ -145,21 +147,22 @@ def forward(params, x, stats=None):
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
 
-    With --embed constant v is a parameter, the same for all tasks. If modulation still helps then, this comes from
-    another parametrisation of the same weights, and not from knowledge of the task.
+    With --embed constant v is a parameter, the same for all tasks. A gain that is left then cannot come from
+    knowledge of the task: it comes from another parametrisation of the same weights.
     """
     if "encoder.constant" in params:
         return params["encoder.constant"]
+    # Floating-point sums depend on the order of the images, and v should not.
     order = support_x.sum((1, 2, 3)).argsort()
-    x = support_x[order]  # floating-point sums depend on the order of the images, and v must not
+    x = support_x[order]
     encoder = group(params, "encoder")
     for l in LAYERS:
         x = F.relu(conv_norm(encoder, l, x)[0])
     return F.relu(linear(encoder, "linear", x.mean((2, 3)))).mean(0)
 
 
-def generator_sizes(args, l, c_in, c_out):
-    """Output sizes of the generator's linear layers for layer l: rows and cols, whose outer product is M, and db."""
+def generator_sizes(l, c_in, c_out):
+    """Output sizes of the generator's linear layers for layer l: M is the outer product of rows and cols; bias is db."""
     if l == 1:
         rows, cols = c_out, 9 * c_in
     else:
@@ -171,18 +174,18 @@ def modulation(params, v):
     """The generator g: task embedding v (128,) -> omega, an M for each kernel and a db for each bias (Eq. 8, 9)."""
     omega = {}
     for l in LAYERS:
-        rows = linear(params, f"generator.conv{l}.rows", v)
-        cols = linear(params, f"generator.conv{l}.cols", v)
-        omega[f"conv{l}.weight"] = torch.outer(rows, cols)
-        omega[f"conv{l}.bias"] = linear(params, f"generator.conv{l}.bias", v)
+        rows = linear(params, f"generator.conv{l}.rows", v)  # (3 C_out,); in layer 1 (C_out,)
+        cols = linear(params, f"generator.conv{l}.cols", v)  # (3 C_in,); in layer 1 (9 C_in,)
+        omega[f"conv{l}.weight"] = torch.outer(rows, cols)  # M, as many entries as the kernel
+        omega[f"conv{l}.bias"] = linear(params, f"generator.conv{l}.bias", v)  # db, (C_out,)
     return omega
 
 
 def modulate(theta, omega):
-    """Theta-hat: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7); not the head.
+    """Make theta-hat: multiply each kernel entry by its own 1 + M (Eq. 6), add db to the bias (Eq. 7); not the head.
 
-    db has no effect here and learns nothing, because BatchNorm subtracts it again with the batch's mean (its
-    gradient is zero up to rounding). It is kept because the paper has it.
+    db has no effect here, because BatchNorm subtracts the batch's mean, and db with it. So its gradient is zero up
+    to rounding, and it learns nothing. It is kept because the paper has it.
     """
     modulated = dict(theta)
     for key, change in omega.items():
@@ -210,7 +213,7 @@ def init_params(args):
         params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def default(name, *shape):
-        root = math.sqrt(math.prod(shape[1:]))  # of the number of inputs; uniform in (-1 / root, 1 / root)
+        root = math.sqrt(math.prod(shape[1:]))  # PyTorch's: uniform within 1 / root of the number of inputs
         weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
         params[f"{name}.weight"] = (2 * weight - 1) / root
         params[f"{name}.bias"] = (2 * bias - 1) / root
@@ -229,7 +232,7 @@ def init_params(args):
     for l, c_in, c_out in layers:
         default(f"encoder.conv{l}", c_out, c_in, 3, 3)
         norm(f"encoder.norm{l}", c_out)
-        for name, outputs in generator_sizes(args, l, c_in, c_out).items():
+        for name, outputs in generator_sizes(l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
     if args.embed == "constant":
@@ -243,7 +246,7 @@ def init_params(args):
 
 
 def step_size(key, args):
-    """Alpha, the step size of one tensor of theta: --inner-lr, or for the last kernels --conv4-lr, if given."""
+    """Alpha, the step size of one tensor of theta: --inner-lr; for conv4's kernels --conv4-lr, where it is given."""
     if key == "conv4.weight" and args.conv4_lr is not None:
         return args.conv4_lr
     return args.inner_lr
@@ -252,35 +255,37 @@ def step_size(key, args):
 def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, adapt to the support set, evaluate on the query set.
 
-    Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. The query loss
-    is the only training signal of all parameters. Its gradient reaches encoder and generator by two paths:
-    through the modulated network that sees the query images, and through the inner steps, which see the support
-    images. Numbers in comments are lines of KML's Algorithm 2.
+    Returns the query loss (); the query logits (N*Q, N); and, if `evaluate`, the inductive logits. All parameters
+    learn from the query loss alone. Its gradient reaches encoder and generator through the modulated network that
+    classifies the query images and, unless --first-order is given, through the gradients of the inner steps.
+    Numbers in comments are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     omega = {}  # no modulation
     if args.modulation != "none":
         v = encode_task(params, task.support_x)  # 5: v = h(S), (128,)
         omega = modulation(params, v)  # 6: omega = g(v)
-    if args.adapt == "modulated":  # the other reading of lines 7 and 8: the steps change W-hat
+    if args.adapt == "modulated":  # the steps change theta-hat, which from here on is `theta`
         theta, omega = modulate(theta, omega), {}
 
     def support_loss(theta):
-        logits, _ = forward(modulate(theta, omega), task.support_x)  # 7: theta-hat; logits (N*K, N)
+        logits, _ = forward(modulate(theta, omega), task.support_x)  # (N*K, N)
         return F.cross_entropy(logits, task.support_y)
 
-    # Between 7 and 8, not shown there: MAML's inner loop. theta <- theta - alpha * gradient(theta), for this
-    # task only, while omega is fixed. The steps stay in the graph, so the query loss is differentiated through
-    # them: that is second order.
+    # Algorithm 2 does not show MAML's inner loop. It stands here: theta <- theta - alpha * gradient(theta), for
+    # this task only, while omega is fixed. The steps stay in the graph, so the query loss is differentiated
+    # through them: that is second order.
     for _ in range(args.inner_steps):
         gradient = torch.func.grad(support_loss)(theta)
+        stepped = {}
         for key, g in gradient.items():
             if args.first_order:
                 g = g.detach()
             g = g.clamp(-args.inner_clip, args.inner_clip)
-            theta = theta | {key: theta[key] - step_size(key, args) * g}
+            stepped[key] = theta[key] - step_size(key, args) * g
+        theta = stepped
 
-    adapted = modulate(theta, omega)
+    adapted = modulate(theta, omega)  # 7: theta-hat
     logits, _ = forward(adapted, task.query_x)  # (N*Q, N)
     loss = F.cross_entropy(logits, task.query_y)  # 8: loss on Q
     if not evaluate:
@@ -482,7 +487,7 @@ def get_args(argv=None):
     args, defaults = parse(p, argv, QUICK)
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.method = METHODS[args.modulation]
-    check(args, defaults)
+    check(args)
     data = "+".join(args.modes)
     if args.synthetic:
         data = f"SYNTHETIC {data}"
@@ -507,17 +512,17 @@ def add_algorithm_flags(p):
     p.add_argument(
         "--no-norm-affine",
         action="store_true",
-        help="the base network's BatchNorm has no scale and shift (off; C: on)",
+        help="train the base network without BatchNorm's scale and shift (C: without)",
     )
     p.add_argument("--embed", default="support", choices=("support", "constant"), help=EMBED_HELP)
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
-    p.add_argument("--inner-lr", type=float, default=0.05, help="their step size, alpha (C: 0.05)")
+    p.add_argument("--inner-lr", type=float, default=0.05, help="alpha, the inner step size (C: 0.05)")
     p.add_argument("--conv4-lr", type=float, help=CONV4_HELP)
     p.add_argument(
-        "--inner-clip", type=float, default=20.0, help="bound on each entry of their gradient (C: 20)"
+        "--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient (C: 20)"
     )
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (C: no)")
+    p.add_argument("--first-order", action="store_true", help="leave out second derivatives (C: no)")
     p.add_argument("--meta-batch", type=int, default=10, help="T, tasks per iteration (C: 10)")
     p.add_argument("--repeat-tasks", action="store_true", help=REPEAT_HELP)
     p.add_argument("--iterations", type=int, default=60000, help="updates of all parameters (C: 60000)")
@@ -525,7 +530,7 @@ def add_algorithm_flags(p):
     p.add_argument("--lr-halve-every", type=int, default=0, help="iterations; 0 is never (C: never)")
 
 
-def check(args, defaults):
+def check(args):
     """Exit if flags contradict each other."""
     if args.adapt == "modulated" and args.modulation == "none":
         fail("--adapt modulated --modulation none: plain MAML modulates nothing; leave one of them out")

@@ -8,8 +8,8 @@ which parts to follow: in a step, each entry of the gradient has a factor of its
 M comes from a *cell* per adapted layer. In it two sister networks look at a context v. (A third is for the bias.) Each
 makes u columns (h), and, by a softmax, u weights for them (a); h a is their weighted sum. The outer product of the two
 sums has as many entries as the layer's kernel. v describes the task. With v = 0 a trial step is made; v is then the
-negative gradient, with respect to v, of the loss after that step (Eq. 9): the direction in which the step would have
-been better. So a step of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly
+negative gradient, with respect to v, of the loss after that step (Eq. 9): it says how v has to change for the step to
+be a better one. So a step of ModGrad takes two forward and two backward passes. M starts near 1e-4, so at first hardly
 anything adapts; the released code's cells start in the same way. With --start-at-one M starts near 1: MAML on the same
 layers.
 
@@ -427,8 +427,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
-    (The released code applies ReLU to them too.)
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU belongs to the outer product, which
+    a bias does not have. (The released code applies ReLU to them too.)
     """
     M = {}
     for key, w in like.items():
@@ -828,7 +828,7 @@ def add_algorithm_flags(p):
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
     p.add_argument("--context", type=int, help="length of v (P: 300), or of CAVIA's context (100)")
     p.add_argument("--inner-clip", type=float, default=20.0, help=CLIP_HELP)
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P: no)")
+    p.add_argument("--first-order", action="store_true", help="leave out second derivatives (P: no)")
     p.add_argument("--meta-batch", type=int, default=3, help="T, tasks (episodes) per iteration (C: 3)")
     p.add_argument("--iterations", type=int, default=16667, help="updates (C: 16,667, of 3 episodes each)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")

@@ -342,8 +342,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
-    (The released code applies ReLU to them too.)
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU belongs to the outer product, which
+    a bias does not have. (The released code applies ReLU to them too.)
     """
     M = {}
     for key, w in like.items():
@@ -573,7 +573,7 @@ def add_algorithm_flags(p):
     )
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
     p.add_argument("--inner-clip", type=float, default=10.0, help=CLIP_HELP)
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
+    p.add_argument("--first-order", action="store_true", help="leave out second derivatives (P, C: no)")
     p.add_argument("--meta-batch", type=int, default=25, help="T, images per iteration (C: 25)")
     p.add_argument("--iterations", type=int, default=50000, help="updates (C: 50,000)")
     p.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (C: 1e-3)")

@@ -542,8 +542,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
-    (The released code applies ReLU to them too.)
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU belongs to the outer product, which
+    a bias does not have. (The released code applies ReLU to them too.)
     """
     M = {}
     for key, w in like.items():

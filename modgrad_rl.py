@@ -291,8 +291,8 @@ def cell(params, name, v):
 def modulation(params, v, like):
     """The generator: context v -> M, a factor for each entry of the parameters `like` (Eq. 8, then ReLU).
 
-    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU is for outer products, and a bias has none.
-    (The released code applies ReLU to them too.)
+    Factors of kernels are >= 0. Factors of biases may be negative: the ReLU belongs to the outer product, which
+    a bias does not have. (The released code applies ReLU to them too.)
     """
     M = {}
     for key, w in like.items():
@@ -791,7 +791,7 @@ def add_algorithm_flags(p):
     p.add_argument("--rank", type=int, default=5, help="u, columns that are mixed in a ModGrad cell (P: 5)")
     p.add_argument("--context", type=int, help=CONTEXT_HELP)
     p.add_argument("--start-at-one", action="store_true", help=ONE_HELP)
-    p.add_argument("--first-order", action="store_true", help="hold the inner gradients constant (P, C: no)")
+    p.add_argument("--first-order", action="store_true", help="leave out second derivatives (P, C: no)")
     p.add_argument("--gamma", type=float, default=0.95, help="discount (C: 0.95 to 0.99)")
     p.add_argument(
         "--gae-lambda",

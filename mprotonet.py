@@ -97,7 +97,7 @@ def group(params, name):
 def conv_norm(params, l, x, moments=None):
     """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
 
-    Unless given, the moments are those of the batch x itself, in training and in testing, because running
+    Unless given, the moments are those of the convolution of this batch, in training and in testing: running
     averages would mix tasks. Here native_batch_norm applies scale and shift, which is a tenth faster. (In kml.py it
     cannot, because there the call is differentiated twice.)
     """
@@ -115,7 +115,7 @@ def conv_norm(params, l, x, moments=None):
 
 
 def linear(params, name, x):
-    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is too coarse for 1 + M."""
+    """A linear layer: x (..., n_in) -> (..., n_out), always in float32: bf16 is for convolutions."""
     W, b = params[f"{name}.weight"], params[f"{name}.bias"]
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, b)
@@ -153,13 +153,14 @@ def squared_distances(x, y):
 def encode_task(params, support_x):
     """The task encoder h: support images (N*K, 3, S, S) -> task embedding v (128,). It never sees a label.
 
-    With --embed constant v is a parameter, the same for all tasks. If modulation still helps then, this comes from
-    another parametrisation of the same weights, and not from knowledge of the task.
+    With --embed constant v is a parameter, the same for all tasks. A gain that is left then cannot come from
+    knowledge of the task: it comes from another parametrisation of the same weights.
     """
     if "encoder.constant" in params:
         return params["encoder.constant"]
+    # Floating-point sums depend on the order of the images, and v should not.
     order = support_x.sum((1, 2, 3)).argsort()
-    x = support_x[order]  # floating-point sums depend on the order of the images, and v must not
+    x = support_x[order]
     encoder = group(params, "encoder")
     for l in LAYERS:
         x = F.relu(conv_norm(encoder, l, x)[0])
@@ -199,16 +200,16 @@ def modulation(params, v):
         if f"generator.conv{l}.full.weight" in params:
             M = linear(params, f"generator.conv{l}.full", v)
         else:
-            rows = linear(params, f"generator.conv{l}.rows", v)
-            cols = linear(params, f"generator.conv{l}.cols", v)
-            M = torch.outer(rows, cols)
+            rows = linear(params, f"generator.conv{l}.rows", v)  # (3 C_out,); in layer 1 (C_out,)
+            cols = linear(params, f"generator.conv{l}.cols", v)  # (3 C_in,); in layer 1 (9 C_in,)
+            M = torch.outer(rows, cols)  # as many entries as the kernel
         omega[f"conv{l}.weight"] = M
         omega[f"conv{l}.bias"] = linear(params, f"generator.conv{l}.bias", v)
     return omega
 
 
 def modulate(theta, omega, one=1):
-    """KML's theta-hat: each kernel entry times its own 1 + M (Eq. 6), each bias plus its own db (Eq. 7).
+    """Make KML's theta-hat: multiply each kernel entry by its own 1 + M (Eq. 6), add db to the bias (Eq. 7).
 
     FiLM leaves theta alone: its omega stands beside it, and `forward` applies it to each layer's activations.
 
@@ -249,7 +250,7 @@ def init_params(args):
         params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def default(name, *shape):
-        root = math.sqrt(math.prod(shape[1:]))  # of the number of inputs; uniform in (-1 / root, 1 / root)
+        root = math.sqrt(math.prod(shape[1:]))  # PyTorch's: uniform within 1 / root of the number of inputs
         weight, bias = torch.rand(shape, generator=rng), torch.rand(shape[0], generator=rng)
         params[f"{name}.weight"] = (2 * weight - 1) / root
         params[f"{name}.bias"] = (2 * bias - 1) / root
