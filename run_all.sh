@@ -18,7 +18,7 @@ cd "$(dirname "$0")" || exit 1
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-only=() places=() jobs=1 dry="" quick="" synthetic="" out="" extra=""
+again="the same command" only=() places=() jobs=1 dry="" quick="" synthetic="" out="" extra=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) dry=1 ;;
@@ -31,7 +31,14 @@ while [ $# -gt 0 ]; do
             shift ;;
         --) shift
             [ $# -eq 0 ] || extra=$(printf " %q" "$@")
-            while [ $# -gt 1 ]; do case "$1" in --data-root | --cache-dir) places+=("$1" "$2") ;; esac; shift; done
+            while [ $# -gt 0 ]; do
+                case "$1" in
+                    --data-root | --cache-dir) [ $# -eq 1 ] || places+=("$1" "$2") ;;
+                    --data-root=* | --cache-dir=*) places+=("$1") ;;
+                    --overwrite) again="the same command without --overwrite" ;;
+                esac
+                shift
+            done
             break ;;
         -h | --help) echo "$usage"; exit ;;
         *) fail "$1 is no flag of run_all.sh (see --help); flags for the scripts go after --" ;;
@@ -57,7 +64,7 @@ done <<<"$list"
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 
-finished() {    # of cell $1: it ended with this very command. A run removes its result when it trains on
+finished() {    # whether cell $1 is: its last call had this very command, and its result is there. Training on removes the result
     local at="$folder/${names[$1]}"
     [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ -s "$at/result.json" ]
 }
@@ -85,13 +92,18 @@ run() {     # cell $1, in the background. A second one in the same folder is ref
     mkdir -p "$at" || { failed "$1" "its folder cannot be made"; return; }
     if [ "$jobs" -gt 1 ]; then exec >"$at/output.txt" 2>&1 || { failed "$1" "no output.txt"; return; }; fi
     [ -z "$told" ] || return
+    rm -f "$at/command.txt"
     eval "${commands[$1]} &"
     child=$!
     [ -z "$told" ] || kill -TERM $child 2>/dev/null                             # the signal came before there was a child
     wait $child
     status=$?
     while kill -0 $child 2>/dev/null; do wait $child; status=$?; done           # wait returns early on a signal
-    if [ $status -ne 0 ]; then failed "$1" "status $status"; else echo "${commands[$1]}" >"$at/command.txt"; fi
+    if [ $status -ne 0 ]; then
+        failed "$1" "status $status"
+    elif [ -s "$at/result.json" ]; then     # a cell that was stopped has none, and status 0 too
+        echo "${commands[$1]}" >"$at/command.txt"
+    fi
 }
 
 if [ "$jobs" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then     # runs that fight for the same cores are far slower than turns
@@ -110,9 +122,9 @@ for i in "${!names[@]}"; do
 done
 while [ -n "$(jobs -rp)" ]; do wait; done
 
-if [ -n "$stopped" ]; then echo "stopped; the same command continues"; exit 1; fi
+if [ -n "$stopped" ]; then echo "stopped; $again continues"; exit 1; fi
 for i in "${!names[@]}"; do     # --stop-after, or a signal to the cell itself
-    if ! finished "$i" && ! grep -qF "${names[$i]} (" "$failures"; then failed "$i" "not at its end; the same command continues"; fi
+    if ! finished "$i" && ! grep -qF "${names[$i]} (" "$failures"; then failed "$i" "not at its end; $again continues"; fi
 done
 for shots in 1 5; do     # ModGrad's Figure 9, of the runs on Conv-4 that are there
     runs=() figure="$folder/modgrad/figure9/${shots}shot"

@@ -43,8 +43,7 @@ class Cheetah:
 
     def tasks(self, u):
         """Random numbers u (T, 2) in [0, 1) -> directions -1 or 1, or speeds in [0, 2] (T, 1)."""
-        first = u[:, :1]
-        return torch.where(first < 0.5, -1.0, 1.0) if self.direction else 2 * first
+        return directions(u) if self.direction else 2 * u[:, :1]
 
     def ask(self, *columns):
         """Share out arrays, a row for each animal, evenly among the processes -> their answers, a row for each."""
@@ -81,6 +80,11 @@ class Cheetah:
             pipe.close()  # ends its loop
             process.join(5)
             process.terminate()
+
+
+def directions(u):
+    """Random numbers u (T, 2) in [0, 1) -> directions -1 or 1 (T, 1)."""
+    return torch.where(u[:, :1] < 0.5, -1.0, 1.0)
 
 
 def simulate(pipe, direction):

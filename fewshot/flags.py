@@ -37,10 +37,11 @@ NOT_IDENTITY = {
     ),
     *("device", "workers", "eager", "data_root", "cache_dir", "allow_shared_classes", "out"),
     *("eval_only", "overwrite", "quick", "official"),
-    *("title", "variant", "strata", "transfer", "test_steps", "test_updates", "halve_test_lr"),
+    *("title", "variant", "changed", "strata", "transfer", "test_steps", "test_updates", "halve_test_lr"),
     # flags that checkpoints of earlier versions may name
     *("picture", "runs", "attention_report", "report_tasks"),
 }
+CHANGED = ("adapt",)  # before kml.py and mmaml.py had this flag, they did what is not its default today
 AT_LEAST = {  # smallest value of a number; 0 for all others
     **dict.fromkeys(("ways", "test_tasks", "val_tasks", "batch"), 2),
     **dict.fromkeys(("shots", "queries", "channels", "filters", "hidden", "pixels", "meta_batch"), 1),
@@ -172,6 +173,7 @@ def complete(args, defaults, data, shown, named, least=None):
         args.out = os.path.join("runs", shortened(name.lower()))
     elif not args.out:
         fail("--out is empty: name a folder, or leave --out away")
+    args.changed = list(changed)
     args.variant = []
     for key, value in changed.items():
         if key not in shown:
@@ -225,8 +227,18 @@ def identity(args):
 def flags_of_run(recorded, script, **before):
     """The flags that a run of `script`, a module, was trained with -> Namespace. recorded: the identity in its checkpoint.
 
-    A flag that is newer than the run has its default. before: what runs did before there was a flag, where that is
-    another value than its default.
+    A flag that did not exist when the run was trained has its default, or its value in `before`.
     """
-    newer = identity(script.get_args([])) | before
-    return argparse.Namespace(**newer | recorded)
+    assumed = identity(script.get_args([])) | before
+    return argparse.Namespace(**assumed | recorded)
+
+
+def differing_flags(args, recorded):
+    """The names of the flags in which `args` differ from the identity that a run recorded -> list.
+
+    A flag that did not exist when the run was trained counts as having been at its default, but for those in CHANGED.
+    """
+    here = identity(args)
+    newer = here.keys() - recorded.keys()
+    others = [key for key, value in recorded.items() if here.get(key) != value]
+    return others + [key for key in newer if key in args.changed or key in CHANGED]

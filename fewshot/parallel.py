@@ -9,8 +9,9 @@ import torch
 
 
 def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")):
-    """Count the CPU cores that this process may use, by its affinity and by its container's quota -> at least 1.
+    """Count the CPU cores that this process may use -> at least 1.
 
+    Its affinity, its container's quota and the environment variable OMP_NUM_THREADS limit them.
     quotas: the files in which Linux says what a container may use, of control groups version 2 and 1.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -24,6 +25,9 @@ def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us
             continue
         if quota > 0:
             allowed = min(allowed, quota // period)
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2": 4, and 2 inside each
+    if threads.isdigit():
+        allowed = min(allowed, int(threads))
     return max(1, allowed)
 
 

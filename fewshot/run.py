@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fewshot import plots
 from fewshot.files import atomic_write, fail
-from fewshot.flags import identity
+from fewshot.flags import differing_flags, identity
 from fewshot.records import (
     check_fields,
     checksum,
@@ -83,6 +83,7 @@ class Run:
         if args.overwrite:
             remove_files(self.folder)
         self.checkpoint = load(path, args, self.data) if path.exists() else None
+        self.opened = time.perf_counter()
         self.done = 0  # iterations
         self.seconds = 0.0  # of training
         self.window = []  # what iterations observed since the last log line
@@ -159,7 +160,7 @@ class Run:
         self.window.append(values)
         self.done += 1
         limit = self.args.stop_after
-        if limit is not None and time.perf_counter() - self.begun > limit:
+        if limit is not None and time.perf_counter() - self.opened > limit:
             self.stopped_by = self.stopped_by or "--stop-after"
 
     def estimate(self):
@@ -176,7 +177,7 @@ class Run:
             self.stopped_by = self.stopped_by or f"signal {number}"
             signal.signal(number, signal.SIG_DFL)
 
-        for number in SIGNALS:
+        for number in heard():
             signal.signal(number, stop)
 
     # ----- the log
@@ -282,7 +283,7 @@ class Run:
         try:
             result = read_result(file)
             flags = argparse.Namespace(**result["args"])
-            same_run = identity(flags) == identity(self.args)
+            same_run = not differing_flags(self.args, identity(flags))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print(f"note: {file} is damaged: evaluating anew", file=sys.stderr)
             return None
@@ -296,7 +297,7 @@ class Run:
         """Write result.json: what was measured, and what every result says of its run -> all of it."""
         args = self.args
         device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-        hidden = ("data_root", "cache_dir", "out")
+        hidden = ("data_root", "cache_dir", "out", "changed")
         result = {
             "method": args.method,
             **values,
@@ -337,8 +338,13 @@ class Run:
 
 def release_signals():
     """Let signals end the process at once again: what training has made is saved, and evaluation may be cut anywhere."""
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, signal.SIG_DFL)
+
+
+def heard():
+    """The signals that end a run. Under nohup SIGHUP is ignored, and stays so: the run outlives its terminal."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def lock(folder):
@@ -377,13 +383,17 @@ def load(path, args, data):
     try:
         checkpoint = read_tensors(path)
         there = checkpoint["identity"]
-        others = [key for key in here | there if here.get(key) != there.get(key)]
+        others = differing_flags(args, there)
         check_fields(checkpoint)
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         why = str(error) if type(error) is ValueError else type(error).__name__
         fail(f"{path} is no checkpoint ({why}): start afresh with --overwrite, or give another --out")
     for key in others:
-        fail(f"{path.parent} has {key} {there.get(key)}, not {here.get(key)}: give another --out")
+        if key not in there:
+            fail(
+                f"{path.parent} is older than --{key.replace('_', '-')}: leave it out, or give another --out"
+            )
+        fail(f"{path.parent} has {key} {there[key]}, not {here.get(key)}: give another --out")
     for mode, content in checkpoint.get("data", {}).items():
         if data.get(mode, content) != content:
             other = f"the images of {mode} are not those that {path.parent} was trained on"

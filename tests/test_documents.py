@@ -445,7 +445,7 @@ def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     for marker, *words in (
         ("table 1 of results/nowhere", "results/nowhere", "not there"),
-        ("table 9 of results/cheetah", "table 9", "there are 2"),
+        ("table 9 of results/cheetah", "table 9", "there are 3"),
         ("table 1 of results/cheetah\ncolumns: methods", "'methods'", "there are: method;"),
         ("table 1 of results/cheetah\nrows: MAML; TRPO", "'TRPO'", "there are: MAML;"),
         ("table 1 of results/cheetah\ncolours: blue", "'colours'", "columns"),
@@ -454,6 +454,9 @@ def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):
         text = f"<!-- {marker} -->\n<!-- end of table -->\n"
         assert documents.MARKED.search(text)
         fails(capsys, lambda text=text: documents.filled(text), *words)
+    closing = "<!-- end of table -->\n"
+    text = f"<!-- table 1 of results/cheetah -->\nprose\n<!-- table 2 of results/cheetah -->\n{closing}"
+    fails(capsys, lambda: documents.filled(text), "results/cheetah has no <!-- end of table -->")
 
 
 def test_transference_results_name_their_commit_or_the_readme_says_that_they_do_not():

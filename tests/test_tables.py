@@ -743,6 +743,7 @@ def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
     )
     assert more.returncode == 1
     assert "kml/2mode/5shot/mprotonet (not at its end" in more.stdout
+    assert not (bad / "command.txt").exists(), "a cell that was stopped has not ended"
 
 
 def test_run_all_stops_with_a_checkpoint(tmp_path, cache):

@@ -262,7 +262,11 @@ def filled(text):
     """A document -> the document with its tables made anew."""
 
     def anew(match):
-        opening, kind, places, lines, _, closing = match.groups()
+        opening, kind, places, lines, content, closing = match.groups()
+        if "<!--" in content:
+            fail(
+                f"a marker of tables of {places} has no <!-- end of table -->: the next one would be taken for it"
+            )
         options = dict(line.split(": ", 1) for line in lines.strip().splitlines())
         unknown = [key for key in options if key not in KEYS]
         if unknown:

@@ -138,6 +138,7 @@ def inspect(runs, args):
     for folder in args.runs:
         options, params, done = runs[folder]
         options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
+        options.allow_shared_classes = True  # training on these images has decided that
         test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
         row = {
             "run": options.method + (", started at one" if vars(options).get("start_at_one") else ""),

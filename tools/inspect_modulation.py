@@ -179,6 +179,7 @@ def inspect(folder, count, data_root, cache_dir):
     """One run -> dict: size of M by layer, and how well v tells the modes apart (see above)."""
     module, args, params, iteration = load(folder)
     args.data_root, args.cache_dir, args.device = data_root, cache_dir, "cpu"
+    args.allow_shared_classes = True  # training on these images has decided that
     modes = range(len(args.modes))
     v_val, _, mode_val = embed_and_modulate(module, params, Episodes.of(args, "val"), count)
     test = Episodes.of(args, "test")

@@ -1,5 +1,6 @@
 """ModGrad's tables of reinforcement learning: its Figure 8."""
 
+import argparse
 import importlib.util
 import math
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 
 import modgrad_rl
+from fewshot.cheetah import directions
 from tools.figures import rl_curves
 from tools.papers import RL
 from tools.reading import label, read_each, table
@@ -129,13 +131,39 @@ def block(env, runs, differs):
     columns["gain of 1 update"] = lambda run: mean(run["scores"][1] - run["scores"][0], "+")
     columns["ModGrad's Figure 8, after 1 update"] = lambda run: RL.get(run["method"], {}).get(env, "-")
     columns["s per iteration"] = lambda run: f"{run['seconds_per_iteration']:.2g}"
+    parted = by_direction(runs, heads) if env == "cheetah-dir" else ""
     return (
         f"### Reinforcement learning, {env}\n\n"
         + "".join(f"**{x}.** " for x in differs)
         + f"{runs[0]['test_tasks']:,} test tasks; return of a rollout, not discounted, 95 % interval over tasks; gain: task by task.\n\n"
         + table(runs, columns)
         + differences(runs, heads)
+        + parted
     )
+
+
+class Directions:
+    """The goals of half-cheetahs without the simulator, which need not be installed where results are read."""
+
+    tasks = staticmethod(directions)
+
+
+def by_direction(runs, heads):
+    """The returns of half-cheetahs that should run forwards, and of those that should run backwards -> Markdown."""
+    parts = []
+    for run in runs:
+        args = argparse.Namespace(**run["args"])
+        wanted = modgrad_rl.goals(Directions, args, "test", 0, run["test_tasks"]).flatten().numpy()
+        for sign, word in ((1, "forwards"), (-1, "backwards")):
+            parts.append(
+                (f"{label(run)}, {word} ({(wanted == sign).sum()} tasks)", run["scores"][:, wanted == sign])
+            )
+
+    def returns(k):
+        return lambda part: mean(part[1][k])
+
+    columns = {"method, direction": lambda part: part[0]} | {head: returns(k) for k, head in enumerate(heads)}
+    return "\n" + table(parts, columns)
 
 
 def differences(runs, heads):
