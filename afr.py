@@ -85,7 +85,7 @@ class MetaTasks:
 
     def __init__(self, args, split):
         self.split = split
-        self.of = []
+        self.samplers = []
         self.domains = {}
         self.contents = {}  # of each mode: a hash of its images
         folders = []
@@ -93,19 +93,19 @@ class MetaTasks:
             sampler = Episodes.of(args, split) if kind == "classification" else Scenes(kind, args, split)
             if kind != "classification":
                 self.domains[kind] = len(sampler.counts)
-            self.of.append(sampler)
+            self.samplers.append(sampler)
             folders += sampler.folders
             self.contents |= sampler.contents
         self.folders = list(dict.fromkeys(folders))
 
     def tasks(self, first, count):
         """Tasks first to first + count - 1 -> a batch (a Task) for each high-level task; both numbers are multiples of J."""
-        J = len(self.of)
-        return [sampler.tasks(first // J, count // J) for sampler in self.of]
+        J = len(self.samplers)
+        return [sampler.tasks(first // J, count // J) for sampler in self.samplers]
 
     def sha256(self, count):
         """A hash of the first `count` tasks; for a single high-level task, its sampler's hash."""
-        hashes = [sampler.sha256(count // len(self.of)) for sampler in self.of]
+        hashes = [sampler.sha256(count // len(self.samplers)) for sampler in self.samplers]
         if len(hashes) == 1:
             return hashes[0]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
@@ -152,8 +152,8 @@ def linear(params, name, x):
 def embed(params, x, norm, w=None):
     """f_Phi(I, 1 - w): images (n, 3, S, S), w (B, C) or None for 0 -> activations of the last block (n, C, S/16, S/16).
 
-    1 - w scales the input of the next block's convolution. The BatchNorm after that cancels a factor that all maps of a
-    block have in common, so only ratios of 1 - w count. (No block follows the last one.)
+    1 - w scales the input of the next block's convolution. The BatchNorm after that cancels a positive factor that all maps of
+    a block have in common, so only ratios of 1 - w count. (No block follows the last one.)
     """
     for l in (1, 2, 3, 4):
         x = norm(params, f"norm{l}", conv(params, f"conv{l}", x))
@@ -366,8 +366,9 @@ def moves(key, kind, deep):
 def task_loss(params, task, args, kind, epsilon=None):
     """ONE subtask of the high-level task `kind`, in training. epsilon (B, C): what P-AM draws from N(0, 1).
 
-    Returns the loss () and the query outputs. The loss has two passes: Phi and theta learn from that without w, Psi
-    from that with w (and from P-AM's KL). Only classification has an inner loop in training (Fig. 4b).
+    Returns the loss () and the query outputs, which in P-AM depend on the query labels through w. The loss adds two
+    passes: Phi and theta learn from the one without w, Psi from the one with w (and from P-AM's KL). Only
+    classification has an inner loop in training (Fig. 4b).
     """
 
     def inner(params, w=None):
@@ -473,10 +474,11 @@ def run_tasks(params, batches, args, vectorise, evaluate=False, epsilon=None):
     for j, (kind, batch) in enumerate(zip(args.tasks, batches)):
         noise = None if epsilon is None else epsilon[:, j]
         run = run_vectorised if vectorise else run_in_threads
-        loss, measure = run(params, kind, batch, noise, args, evaluate)
+        loss, row = run(params, kind, batch, noise, args, evaluate)
         losses.append(loss)
-        found.append(measure)
-    losses, found = (torch.stack(values, 1) for values in (losses, found))
+        found.append(row)
+    losses = torch.stack(losses, 1)  # (T, J)
+    found = torch.stack(found, 1)  # (T, J, 1); if `evaluate` (T, J, 4)
     return losses.flatten(0, 1), found.flatten(0, 1)
 
 
@@ -534,13 +536,13 @@ def run_in_threads(params, kind, batch, noise, args, evaluate):
 def evaluate(params, episodes, count, args):
     """Measures of the first `count` tasks -> array (4, count): see KEYS, `measures` and PROTOCOLS."""
     found = []
-    step = 20 * len(episodes.of)
+    step = 20 * len(episodes.samplers)
     starts = range(0, count, step)
     for first in tqdm(starts, desc=f"{episodes.split} tasks, {step} at a time", disable=None, leave=False):
         batches = episodes.tasks(first, min(step, count - first))
         with torch.no_grad():
-            _, measured = run_tasks(params, batches, args, args.device != "cpu", evaluate=True)
-        found.append(measured)
+            _, rows = run_tasks(params, batches, args, args.device != "cpu", evaluate=True)
+        found.append(rows)
     return torch.cat(found).T.double().cpu().numpy().round(4)
 
 
@@ -614,7 +616,7 @@ def backbone_gradients(params, batches, args, epsilon):
 
 def train(params, args, run):
     """Minimise the loss of --meta-batch subtasks of each high-level task, from where the run left off."""
-    T = args.meta_batch * len(args.tasks)
+    count = args.meta_batch * len(args.tasks)  # T*J
     network = [w for k, w in params.items() if not k.startswith("attention.")]
     modules = [w for k, w in params.items() if k.startswith("attention.")]
     groups = [{"params": network}]  # beta
@@ -631,9 +633,9 @@ def train(params, args, run):
 
     for iteration in run.iterations():
         halvings = iteration // args.lr_halve_every if args.lr_halve_every else 0
-        for of, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
-            of["lr"] = lr * 0.5**halvings
-        batches = episodes.tasks(first=iteration * T, count=T)
+        for settings, lr in zip(optimizer.param_groups, (args.lr, args.attention_lr)):
+            settings["lr"] = lr * 0.5**halvings
+        batches = episodes.tasks(first=iteration * count, count=count)
         epsilon = draws(iteration, args)
 
         optimizer.zero_grad()
@@ -742,13 +744,13 @@ def report(result, args):
 # ------------------------------------------------------------------------------------------------------ flags
 
 TASKS_HELP = "high-level tasks; several: the paper's multi meta-task"
-MODES_HELP = "for classification alone data sets (default: miniimagenet) or scenes; else scenes (default) or a folder with depth images"
+MODES_HELP = "if --tasks is classification: data sets (default: miniimagenet) or scenes; else scenes (default) or a folder with depth images"
 ALPHA_HELP = f"size of the inner steps, for each of --tasks ({ALPHA}; maml: 0.01 for each)"
 ALGORITHM_HELP = "what inner steps change: all, or the head"
 HEAD_HELP = "in Eq. 5 and at test, the head adapts to maps with w (modulated) or without (plain)"
-WEIGHTS_HELP = f"for each of --tasks ({LOSS_WEIGHTS})"
+WEIGHTS_HELP = f"weight of the loss of each of --tasks ({LOSS_WEIGHTS})"
 TRANSFER_HELP = "classify the test classes of these data sets too (P: mini-Places)"
-EMBED_HELP = "w depends on the subtask (P), or is one learned vector, a control that the paper does not have"
+EMBED_HELP = "support: w depends on the subtask (P). constant, a control of ours: one learned vector"
 
 
 def get_args(argv=None):
@@ -767,7 +769,6 @@ def get_args(argv=None):
     check_typed(args)
     alone = args.tasks == ["classification"]
     fill(args, defaults, usual(args))
-    defaults["modulation"] = None  # so that title and folder mention it
     args.modes = [canonical_mode(mode, args.data_root) for mode in args.modes]
     args.transfer = [canonical_mode(mode, args.data_root) for mode in args.transfer]
     check(args)
@@ -798,11 +799,11 @@ def add_algorithm_flags(p):
     p.add_argument("--tasks", nargs="+", default=["classification"], choices=KINDS, help=TASKS_HELP)
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
-    p.add_argument("--shots", type=int, default=1, help="K, support images per class (P: 1 and 5)")
+    p.add_argument("--shots", type=int, default=1, help="K, per class (P: 1 and 5; regression: N*K in all)")
     p.add_argument("--queries", type=int, default=15, help="Q, queries per class (regression: N*Q in all)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
-    p.add_argument("--steps", type=int, default=5, help="inner steps (in training: of classification)")
+    p.add_argument("--steps", type=int, default=5, help="inner steps; in training for classification only")
     p.add_argument("--alpha", type=float, nargs="+", metavar="A", help=ALPHA_HELP)
     p.add_argument("--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient")
     p.add_argument("--first-order", action="store_true", help="leave out second derivatives (P: no)")
@@ -834,8 +835,8 @@ def unused(args):
     if args.modulation == "none":
         return ["head", "attention_blocks", "attention_width", "attention_lr", "kl_weight"]
     keys = ["kl_weight"] if args.modulation == "am" else []
-    if args.embed == "constant":
-        keys += ["attention_blocks", "attention_width"]
+    if args.embed == "constant":  # q and p are the same w, so their KL is 0
+        keys = ["kl_weight", "attention_blocks", "attention_width"]
     return keys
 
 

@@ -105,10 +105,10 @@ def group(params, name):
 
 
 def conv_norm(params, l, x, moments=None):
-    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
+    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), rounded up; and the (mean, 1/std) used.
 
-    Unless given, the moments are those of the convolution of this batch, in training and in testing: running
-    averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
+    Unless given, the moments are those of the convolution's output on this batch, in training and in testing,
+    because running averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
     torch 2.13's vmap gets second derivatives wrong.
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]

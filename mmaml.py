@@ -93,10 +93,10 @@ def group(params, name):
 
 
 def conv_norm(params, l, x, moments=None):
-    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
+    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), rounded up; and the (mean, 1/std) used.
 
-    Unless given, the moments are those of the convolution of this batch, in training and in testing: running
-    averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
+    Unless given, the moments are those of the convolution's output on this batch, in training and in testing,
+    because running averages would mix tasks. Scale and shift are not passed to torch.native_batch_norm: with them inside,
     torch 2.13's vmap gets second derivatives wrong.
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
@@ -128,7 +128,7 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if f"film{l}.scale" in params:  # Eq. 3: after BatchNorm, before ReLU
+        if f"film{l}.scale" in params:  # Eq. 3 with eta = 1 + scale; after BatchNorm, as in MMAML's code
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)

@@ -65,8 +65,8 @@ LAYERS = ("fc1", "fc2", "fc3", "fc4", "fc5")
 PARTS = ("base", "encoder", "generator")  # of the parameters; only the CNP has an encoder
 PROTOCOL = "mean squared error over all pixels and colours, the context included; colours in [0, 1]"
 QUICK = {"iterations": 400, "test_tasks": 200}
-# (steps, their size, adapted layers). ModGrad's paper has all numbers of steps and its own step size; the step sizes of
-# MAML and CAVIA are from CAVIA's code.
+# (steps, their size, adapted layers). The numbers of steps, and ModGrad's step size, are those of ModGrad's paper; the
+# step sizes of MAML and CAVIA are those of CAVIA's code.
 DEFAULTS = {
     "modgrad": (1, 0.1, ["fc5"]),
     "maml": (5, 0.1, ["all"]),
@@ -152,7 +152,7 @@ class Completions:
         return made
 
     def indices(self, first, count):
-        """Images (count,) and context pixels (count, k) of tasks first .. first + count - 1. See `Episodes.draw`."""
+        """Images (count,) and context pixels (count, k) of tasks first .. first + count - 1. See `draw`."""
         first_block = first // self.BLOCK
         last_block = (first + count - 1) // self.BLOCK
         images, contexts = [], []
@@ -505,7 +505,7 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
+        value = (" ".join(row[i]) or "none") if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 

@@ -23,12 +23,12 @@ algorithms differ:
     alpha, K       --alpha, --steps            0.1, see below                    Eq. 5
 
 What is drawn. The paper says that classes have 1 to 25 samples; Omniglot has 20 drawings per character, of which LEAP
-holds out 5. Here a class has 1 to 15 training drawings, all equally likely, and 5 others are held out. (With --shots
+holds out 5. Here a class has 1 to 15 training drawings (each number is equally likely), and 5 others are held out. (With --shots
 15 15, as in LEAP, all have 15.) 46 of 50 alphabets have at least 20 characters: 25 train, 10 test, 11 validate.
 The paper does not say how ModGrad is trained here. Ours trains through --steps 5, as LEAP's code does for its MAML
 (which is not in the figure). Layers, step size and cells are those of modgrad.py. Every algorithm is *tested* for 100
 steps. M starts at 0.0001 on average, with half of its entries 0, so until the cells have learned, steps do nothing.
-This script keeps LEAP's network, its initialisation, and the random turns of all images, held-out ones too. It departs
+This script keeps LEAP's network, its initialisation, and random turns of all images, held-out ones too. It departs
 from LEAP's code in three things:
 - The outer loss of modgrad, maml and fomaml is that of the held-out drawings (Algorithm 1; the code's FOMAML takes the
   last training batch), and the accuracy is that on held-out drawings. (In the code `if self.train` asks whether a
@@ -116,13 +116,13 @@ OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 class Alphabets:
     """Draws multi-shot tasks: an alphabet is a task, N of its characters the classes, each with a number of training drawings
     of its own, from shots[0] to shots[1]; Q other drawings of each are held out. Training goes by `steps` batches of B images,
-    picked at random, with replacement, from the task's training drawings. (After LEAP's protocol: Flennerhag et al., ICLR
-    2019; modgrad_multishot.py says where its code differs.)
+    picked at random, with replacement, from the task's training drawings. (This follows LEAP's protocol: Flennerhag et al.,
+    ICLR 2019. The docstring at the top says where LEAP's code differs.)
 
     Task fields here: support_x (steps, B, 1, S, S) and support_y (steps, B), a batch a step; query_x (N*Q, 1, S, S) and query_y
-    (N*Q,), the held-out drawings; mode: number of the alphabet within the split. Every image is turned by any angle, moved by
-    up to 20 % and scaled by 0.8 to 1.2, anew each time it is shown (the ranges of LEAP's code, which does so with those held
-    out, too).
+    (N*Q,), the held-out drawings; mode: number of the alphabet within the split. Each time an image is shown, it is moved by
+    up to 20 % along its own axes, then turned by any angle and scaled by 0.8 to 1.2. (LEAP's code has the same ranges, but
+    moves the image last. It changes held-out drawings, too.)
 
     Args:
         mode: a data set whose classes lie in folders `<alphabet>/<character>`, as the published Omniglot. Alphabets of fewer
@@ -432,11 +432,8 @@ def factors(part, shape):
     n_out, *n_in = shape
     if part == "bias":
         return {"bias": n_out}
-    if len(n_in) == 3 and n_in[0] > 3:
-        return {
-            "rows": 3 * n_out,
-            "cols": 3 * n_in[0],
-        }  # a 3x3 kernel (C_out, C_in, 3, 3) seen as near-square
+    if len(n_in) == 3 and n_in[0] > 3:  # a 3x3 kernel (C_out, C_in, 3, 3), seen as near-square
+        return {"rows": 3 * n_out, "cols": 3 * n_in[0]}
     return {"rows": n_out, "cols": math.prod(n_in)}
 
 
@@ -504,8 +501,8 @@ STEPS = {"modgrad": modgrad_step, "maml": maml_step, "fomaml": fomaml_step, "rep
 def query_outer(params, adapted, logits, task):
     """L(D_val; theta_K). Its gradient goes back through the steps as far as they let it.
 
-    For ModGrad and MAML that is all the way; for FOMAML, where d theta_K / d theta_0 = 1, it is the gradient at
-    theta_K.
+    For ModGrad and MAML that is all the way (unless --first-order); for FOMAML, where d theta_K / d theta_0 = 1, it is
+    the gradient at theta_K.
     """
     return F.cross_entropy(logits, task.query_y)
 
@@ -791,7 +788,7 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
+        value = (" ".join(row[i]) or "none") if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 
@@ -837,7 +834,7 @@ def add_algorithm_flags(p):
     """Add the flags that decide what is learned."""
     p.add_argument("--algorithm", default="modgrad", choices=METHODS, help="inner step and outer loss")
     p.add_argument(
-        "--modes", nargs=1, default=["omniglot"], metavar="MODE", help="alphabets (P, L: Omniglot's)"
+        "--modes", nargs=1, default=["omniglot"], metavar="MODE", help="has alphabets (P, L: omniglot)"
     )
     p.add_argument("--ways", type=int, default=20, help="N, characters of an alphabet in a task (P, L: 20)")
     p.add_argument("--shots", type=int, nargs=2, metavar=SHOTS_NAMES, help=SHOTS_HELP)

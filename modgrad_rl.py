@@ -28,20 +28,19 @@ Run:  python modgrad_rl.py --quick                           2D navigation, a mi
       python modgrad_rl.py --env cheetah-dir --algorithm maml            needs gymnasium[mujoco], see requirements-dev.txt
       python -m tools.pictures navigation paths.png RUN RUN ...          draws paths before and after adaptation
 
-The paper keeps its RL variant in a supplement that is not public. Chosen here are cells on both hidden layers; v of 128
-entries and u = 5 columns, as in the paper's regression; and for Eq. 9, where v is minus a loss's gradient, the loss after a
-step with v = 0, on the same rollouts, corrected by the ratio of new to old probabilities, so that ModGrad uses no more
-rollouts than the others. The step size is 30, which makes the first steps about as long as MAML's. The entries of M that
-are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in biases, so with the 0.1 of the paper's other experiments the
-policy would not move. ReLU applies to the M of kernels only. On the M of biases, which is no product, it made line searches
-fail: at v = 0, before Eq. 9, ReLU zeroes the same entries in all
-tasks, and when an outer step makes one of them positive, v jumps in most tasks.
+The paper keeps its RL variant in a supplement that is not public. We chose cells on both hidden layers, v of 128 entries and
+u = 5 columns (as in the paper's regression), and a loss for Eq. 9, where v is minus the gradient of the loss after a trial
+step with v = 0. This loss uses the rollouts before the step, corrected by the ratio of new to old probabilities, so that
+ModGrad needs no more rollouts than the others. The step size is 30, which makes the first steps about as long as MAML's. The
+entries of M that are not 0 start at 0.0004 to 0.005 in kernels and at 0.02 in biases, so with the 0.1 of the paper's other
+experiments the policy would not move. ReLU applies to the M of kernels only. The M of a bias is no product, and ReLU on it
+made line searches fail: at v = 0 it zeroes the same entries in all tasks, and when an outer step makes one of them
+positive, v jumps in most tasks.
 """
 
 import argparse
 import hashlib
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +54,7 @@ from data import (
     add_device_flags,
     add_run_flags,
     complete,
+    cores,
     fail,
     fill,
     new_parser,
@@ -169,7 +169,7 @@ def forward(params, x, context=None):
 
 
 def log_probability(mean, log_std, action):
-    """Log density of actions (..., A) under normals with means (..., A) and shared log deviations (A,) -> (...)."""
+    """Log density of actions (..., A) under normals of means (..., A) and log deviations that broadcast to them -> (...)."""
     log_std = log_std.clamp(min=math.log(1e-6))
     z = (action - mean) / log_std.exp()
     normaliser = 0.5 * math.log(2 * math.pi)
@@ -364,7 +364,8 @@ def discounted_sum(values, factor):
     total = torch.zeros_like(values[..., 0])
     sums = torch.zeros_like(values)
     for h in reversed(range(values.shape[-1])):
-        total = sums[..., h] = values[..., h] + factor * total
+        total = values[..., h] + factor * total
+        sums[..., h] = total
     return sums
 
 
@@ -541,7 +542,7 @@ def trpo_step(params, lived, args):
     weight = step_weights(after)
 
     def policies(params):
-        return over_tasks(lambda lived: adapted_policy(params, lived, args), lived)
+        return over_tasks(lambda of_one: adapted_policy(params, of_one, args), lived)
 
     def surrogate(mean, log_std):
         change = log_probability(mean, log_std[:, None, None], after.action) - after.log_prob
@@ -591,7 +592,7 @@ def fisher_product(params, lived, args, flat):
     weight = step_weights(few[-1])[..., None]
 
     def policies(params):
-        return over_tasks(lambda lived: adapted_policy(params, lived, args), few)
+        return over_tasks(lambda of_one: adapted_policy(params, of_one, args), few)
 
     (_, log_std), pull = torch.func.vjp(policies, params)
 
@@ -707,7 +708,7 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = " ".join(row[i]) or "none" if isinstance(row[i], list) else row[i]
+        value = (" ".join(row[i]) or "none") if isinstance(row[i], list) else row[i]
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 
@@ -719,8 +720,8 @@ ADAPT_HELP = f"layers that the step changes, such as fc2 mean, or all. Defaults:
 CONTEXT_HELP = "length of v (128) or of CAVIA's vector (C: 5; for the half-cheetah 50, ours)"
 ONE_HELP = "ModGrad's M starts near 1 (M = 1 is MAML), not near 0 as in its code"
 FISHER_HELP = (
-    "share of the tasks on which KL's curvature is computed (C: all; TRPO's paper: 0.1 of the steps). The bound on KL "
-    "holds on all of them in any case"
+    "KL's curvature is computed on every k-th task, k = 1 / this, rounded (C: all tasks; TRPO's paper: 0.1 of the steps). "
+    "The bound on KL holds on all tasks in any case"
 )
 
 
@@ -738,9 +739,7 @@ def get_args(argv=None):
     p.add_argument("--halve-test-lr", action=argparse.BooleanOptionalAction, help=HALVE_HELP)
     p.add_argument("--val-every", type=int, default=0, help="iterations; 0 is never")
     p.add_argument("--val-tasks", type=int, default=40, help="goals")
-    p.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that simulate half-cheetahs"
-    )
+    p.add_argument("--workers", type=int, default=cores(), help="processes that simulate half-cheetahs")
     add_device_flags(p, threads=False, precision=None)
     add_run_flags(p, QUICK)
     p.set_defaults(log_every=1, save_every=10)

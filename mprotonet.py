@@ -26,9 +26,9 @@ Read it beside kml.py (`diff kml.py mprotonet.py`): prototypes in place of the h
 Run:  python mprotonet.py --synthetic --quick     a minute on two CPU cores, no download; prints accuracies
       python mprotonet.py --modes omniglot miniimagenet --shots 5 --modulation film
 
-The released KML code does three things that its paper does not say. Here they are flags, and off by default:
---no-residual, --embed query, --transductive; --official is all three. (Its bugs are left out: see docs/protocol.md.) Its
-ProtoNet, without modulation, is transductive too: --modulation none --official.
+The released KML code departs from its paper's method in three ways. Each is a flag here, and off by default:
+--no-residual, --embed query, --transductive; --official is all three. Its ProtoNet, without modulation, is transductive
+too: --modulation none --official. (It also repeats tasks: --repeat-tasks. Its bugs are left out: see docs/protocol.md.)
 """
 
 import math
@@ -73,8 +73,12 @@ EMBED_HELP = (
     "controls of ours, blind to the task. constant: one learned vector. other: another task's images"
 )
 EMBEDDINGS = ("support", "query", "constant", "other")
-GENERATOR_HELP = "kml's M: an outer product (P, C), or a linear layer for all of each kernel's M"
-OFFICIAL_HELP = "as C: --no-residual --embed query --transductive; without modulation the last alone"
+GENERATOR_HELP = (
+    "how kml makes M. outer: an outer product (P, C). full: a linear layer with all entries of a kernel's M"
+)
+OFFICIAL_HELP = (
+    "the method of C: --no-residual --embed query --transductive; without modulation the last alone"
+)
 INIT_SCALE_HELP = (
     "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
 )
@@ -95,11 +99,11 @@ def group(params, name):
 
 
 def conv_norm(params, l, x, moments=None):
-    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), and the (mean, 1/std) it used.
+    """Convolution l and BatchNorm: x (n, C_in, S, S) -> (n, C_out, S/2, S/2), rounded up; and the (mean, 1/std) used.
 
-    Unless given, the moments are those of the convolution of this batch, in training and in testing: running
-    averages would mix tasks. Here native_batch_norm applies scale and shift, which is a tenth faster. (In kml.py it
-    cannot, because there the call is differentiated twice.)
+    Unless given, the moments are those of the convolution's output on this batch, in training and in testing,
+    because running averages would mix tasks. Here native_batch_norm applies scale and shift, which is a tenth faster.
+    (In kml.py it cannot: torch 2.13's vmap would get second derivatives wrong.)
     """
     W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
     scale, shift = params.get(f"norm{l}.scale"), params.get(f"norm{l}.shift")
@@ -130,11 +134,13 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if f"film{l}.scale" in params:  # KML's Eq. 3: after BatchNorm, before ReLU
+        if (
+            f"film{l}.scale" in params
+        ):  # KML's Eq. 3 with eta = 1 + scale; after BatchNorm, as in MMAML's code
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)
-    return x.flatten(1).to(params["conv1.weight"].dtype), used
+    return x.flatten(1), used
 
 
 def class_means(features, members):
@@ -208,27 +214,27 @@ def modulation(params, v):
     return omega
 
 
-def modulate(theta, omega, one=1):
+def modulate(theta, omega, residual=1):
     """Make KML's theta-hat: multiply each kernel entry by its own 1 + M (Eq. 6), add db to the bias (Eq. 7).
 
     FiLM leaves theta alone: its omega stands beside it, and `forward` applies it to each layer's activations.
 
-    one = 0 is --no-residual: W * M, as in the released code. Kernels then start about 100 times smaller, which
+    residual = 0 is --no-residual: W * M, as in the released code. Kernels then start about 100 times smaller, which
     has two effects. First, the outputs of the convolutions have a variance near 1e-6, below BatchNorm's epsilon
-    of 1e-5. After BatchNorm, the median channel has a deviation of 0.2 to 0.5 and not of 1, so the size of
+    of 1e-5. After BatchNorm, the median channel has a deviation of 0.2 to 0.4 and not of 1, so the size of
     a kernel acts as a gate for its channel, and as a temperature of the distances. (--init-scale 0.01 and
     --distance-scale are controls for this.) Second, a step of encoder and generator changes the kernel about 100
     times more, relative to its size, because the size of Adam's steps does not depend on the gradient's. (Steps of
     W have no such effect, because M scales them down too.) The bias offset db has no effect, because BatchNorm
     subtracts it (see kml.py).
     """
-    modulated = theta | omega
+    modulated = dict(theta)
     for key, change in omega.items():
         if key.startswith("film"):
-            continue
-        if "weight" in key:
+            modulated[key] = change
+        elif "weight" in key:
             M = change.reshape(theta[key].shape)
-            modulated[key] = theta[key] * (one + M)
+            modulated[key] = theta[key] * (residual + M)
         else:
             modulated[key] = theta[key] + change
     return modulated
@@ -287,8 +293,8 @@ def init_params(args):
 def task_loss(params, task, args, evaluate=False):
     """ONE task: infer what kind of task it is, modulate, average the support set by class, classify the query set.
 
-    Returns the query loss (), the only training signal of all parameters, encoder and generator included; the
-    query logits (N*Q, N); and, if `evaluate`, the inductive logits. Numbers in comments are lines of KML's Algorithm 2.
+    Returns the query loss (), from which alone all parameters learn, those of encoder and generator too; the query
+    logits (N*Q, N); and, if `evaluate`, the inductive logits. Numbers in comments are lines of KML's Algorithm 2.
     """
     theta = group(params, "base")
     residual = 0 if args.no_residual else 1  # the 1 of W * (1 + M)
@@ -308,8 +314,8 @@ def task_loss(params, task, args, evaluate=False):
         v = encode_task(params, task.query_x)
         adapted = modulate(theta, modulation(params, v), residual)
 
-    def classify(stats=None):
-        query, _ = forward(adapted, task.query_x, stats)  # (N*Q, D)
+    def classify(moments=None):
+        query, _ = forward(adapted, task.query_x, moments)  # (N*Q, D)
         logits = -args.distance_scale * squared_distances(query, prototypes)  # (N*Q, N)
         if args.transductive:  # C, done right: one step of soft k-means (Ren et al., ICLR 2018, Eq. 3)
             features = torch.cat([support, query])
@@ -320,7 +326,8 @@ def task_loss(params, task, args, evaluate=False):
 
     logits = classify()
     loss = F.cross_entropy(logits, task.query_y)  # 8: loss on Q
-    if not evaluate or args.transductive or args.embed == "query":  # queries set v or prototypes
+    depends_on_queries = args.transductive or args.embed == "query"  # which set prototypes or v
+    if not evaluate or depends_on_queries:
         return loss, logits
     return loss, logits, classify(stats)
 

@@ -14,21 +14,21 @@ opposite (negative). Many source tasks i give a histogram.
     alpha        alpha                       size of the one SGD step; the paper does not give it (see --alpha)
     Eq. 1        sgd_step                    theta_i^(t+1) = theta^t - alpha * gradient of task i's query loss
     Eq. 2        measure                     LR(i -> j) = loss of j after the step on i / loss of j before
-    i = j        self-transference           what a step on the target itself would do: the most to hope for
+    i = j        self-transference           what a step on the target itself would do: the paper's baseline
 
 The paper calls a transfer *neutral* if it changes the target's accuracy by less than 0.05 points. It does not say which
 change of the loss that is. Here it is |LR - 1| < 0.05 / |s|, where s is the slope of the accuracy change (in points)
 against LR - 1, fitted by least squares over all pairs (i, j), after each target's mean is subtracted from both. Accuracy
 moves in steps of whole images, so s is uncertain, and so is what counts as neutral. Intervals therefore come from resampled
-sources and targets, with s fitted anew each time. Where the interval of s is not all below 0 (s < 0: accuracy rises as the
-loss falls), there is no neutral zone, and of the shares only that with LR < 1 is given.
+sources and targets, with s fitted anew each time. Normally s < 0: accuracy rises as the loss falls. Where the interval of s
+is not all below 0, there is no neutral zone, and of the shares only that with LR < 1 is given.
 
 What can be compared between two networks? alpha is chosen for each state in the same way: so that a step on a validation
 task takes the loss of this same task to 0.95 of what it was (median over tasks). (One step cannot take every network's loss
 there: then give a --self-transference nearer to 1.) --sweep shows how the shares depend on alpha. But a source's step is
-alpha times *its* gradient. Where a network fits its training tasks well, this is short, and transfer looks neutral. So a
-second table is printed, with LR(i -> i) of the source tasks, and the share of pairs whose gradients agree, which needs no
-alpha, and is what the share with LR < 1 becomes when alpha goes to 0. Intervals are over the tasks, for one trained
+alpha times *its* gradient. Where a network fits its training tasks well, this gradient is short, and transfer looks neutral.
+So a second table is printed, with LR(i -> i) of the source tasks, and the share of pairs whose gradients agree. This share
+needs no alpha: the share with LR < 1 tends to it when alpha goes to 0. Intervals are over the tasks, for one trained
 network. They say nothing about other training runs of the same method, or about other alphas.
 
 This is a measurement on the networks of mprotonet.py, so it imports that script; no training script imports another.
@@ -62,12 +62,14 @@ from data import (
     new_parser,
     plots,
     read_tensors,
+    resolve_device,
     user_path,
 )
 
 NEUTRAL = 0.05  # points of accuracy
+SMALL = 1e-30  # a task whose loss is 0 has no gradient: its cosines are 0
 SWEEP = (0.25, 0.5, 2.0, 4.0)  # times alpha
-ALONG_SOURCES = 60
+FEW_SOURCES = 60  # for all but the first table: steps, --sweep, --matrix, --along
 COMPARED = ("positive", "negative", "below_one", "mean")
 SHARES = ("positive", "negative", "neutral", "below_one")
 USUAL = {  # flags of mprotonet.py that a label names only where they differ from this
@@ -76,6 +78,9 @@ USUAL = {  # flags of mprotonet.py that a label names only where they differ fro
     "transductive": False,
     "generator": "outer",
     "init_scale": 1.0,
+    "distance_scale": 1.0,
+    "no_norm_affine": False,
+    "repeat_tasks": False,
     "lr": 1e-3,
     "seed": 0,
 }
@@ -146,7 +151,7 @@ def what_steps_are(state, sources, targets, alpha, update):
     with torch.no_grad():
         of_targets = [flat(gradient(params, task, options, update)) for task in single(targets)]
     towards = torch.stack(of_targets)
-    towards = towards / towards.norm(dim=1, keepdim=True)
+    towards = towards / towards.norm(dim=1, keepdim=True).clamp(min=SMALL)
 
     def one(source):
         gradients = gradient(params, source, options, update)
@@ -154,7 +159,7 @@ def what_steps_are(state, sources, targets, alpha, update):
         after = loss_of(sgd_step(params, gradients, alpha), source, options)
         whole = flat(gradients)
         base = flat(mprotonet.group(gradients, "base"))
-        cosines = towards @ whole / whole.norm()
+        cosines = towards @ whole / whole.norm().clamp(min=SMALL)
         share = 100 * base.square().sum() / whole.square().sum()
         return cosines, after / before, share
 
@@ -201,9 +206,9 @@ def choose_alpha(state, batch, update, level):
     if best is None:
         least = medians[min(medians, key=medians.get)]
         best_step = f"the lowest median self-transference is {least:.4f}, not {level}"
-        remedy = f"give --self-transference {(1 + least) / 2:.2f}, say, for all states"
+        remedy = f"give --self-transference {(1 + least) / 2:.3f}, say, for all states, or --alpha"
         fail(f"{state.name}: {best_step}: {remedy}")
-    for k in (4, 16):
+    for k in (4, 16):  # in quarters, then in sixteenths of a factor of 2
         finer = [best * 2 ** (-i / k) for i in (3, 2, 1, 0)]
         best = smallest(finer) or best
     return float(best)
@@ -290,9 +295,10 @@ class State(NamedTuple):
 
 
 def load(place):
-    """Read a run's folder, or an exported file -> identity, this state's iteration, the run's, parameters, kept parameters.
+    """Read a run's folder or an exported file.
 
-    Kept parameters are {iteration: path}.
+    Returns its identity, the iteration of its parameters, the number of iterations of the run, the parameters, and
+    {iteration: path} of the parameters that were kept.
     """
     path = Path(place)
     file = path / "checkpoint.pt" if path.is_dir() else path
@@ -308,6 +314,8 @@ def load(place):
         fail(f"{file} is no checkpoint ({type(error).__name__}): name the folder of an mprotonet.py run")
     if method not in mprotonet.METHODS.values():
         fail(f"{place} is a run of {method}: transference is measured on runs of mprotonet.py")
+    if identity.get("embed") == "other":
+        fail(f"{place} was trained with --embed other, and needs another task's images: name another run")
     kept = {}
     for file in path.glob("params-*.pt"):
         kept[int(re.search(r"\d+", file.name).group())] = file
@@ -328,6 +336,8 @@ def states(place, at, device):
             continue  # an exported file is one moment
         elif iteration in kept:
             params = read_kept(kept[iteration])
+        elif iteration > of:
+            fail(f"--at {moment}: {place} has {of} iterations; give one of these")
         else:
             there = f"{place} has no params-{iteration}.pt (kept: {sorted(kept) or 'none'})"
             fail(f"{there}: train with --keep-every {math.gcd(iteration, of)}, or give --at final")
@@ -423,7 +433,7 @@ def describe(ratios, gains, draws=1000):
     """
     if not np.isfinite(ratios).all():
         cause = "a target's loss is 0, or the step is too large"
-        fail(f"a loss ratio is not finite: {cause}; give a smaller --alpha")
+        fail(f"a loss ratio is not finite: {cause}; give a smaller --alpha, or another --target")
     found = statistics(ratios, gains)
     samples = []
     for at in resampled(ratios.shape, draws):
@@ -600,7 +610,7 @@ class Experiment:
         self.source_episodes, self.sources = tasks_of(args, options, args.source, "train", args.source_tasks)
         self.target_episodes, self.targets = tasks_of(args, options, args.target, "test", args.target_tasks)
         _, self.validation = tasks_of(args, options, args.target, "val", args.target_tasks)
-        self.few = some(self.sources, ALONG_SOURCES)
+        self.few = some(self.sources, FEW_SOURCES)
 
 
 def about(args, options):
@@ -644,8 +654,8 @@ def measure_state(args, state, moment, experiment):
     row["steps"] = {
         "agree": agreement(cosines),
         "cosine": float(np.median(cosines)),
-        "own": float(np.median(to_itself)),
-        "base": float(np.median(base)),
+        "own": float(np.nanmedian(to_itself)),  # nan: a task whose loss is 0
+        "base": float(np.nanmedian(base)),
     }
     return row, ratios, gains
 
@@ -672,7 +682,7 @@ def matrix(args, state):
     targets = {mode: tasks_of(args, options, mode, "test", args.target_tasks)[1] for mode in modes}
     cells = {}
     for source in modes:
-        _, sources = tasks_of(args, options, source, "train", min(ALONG_SOURCES, args.source_tasks))
+        _, sources = tasks_of(args, options, source, "train", min(FEW_SOURCES, args.source_tasks))
         cells[source] = {}
         for target, batch in targets.items():
             measured = measure(state, sources, batch, alpha, args.update)
@@ -687,21 +697,21 @@ def trajectories(args, runs, experiment):
     indices of the source tasks of lowest and highest LR in the middle of training.
     """
     target = some(experiment.targets, 1)
-    found = {}
+    found, middle = {}, {}
     for place in dict.fromkeys(str(state.folder) for _, state in runs):
         _, done, of, _, kept = load(place)
         moments = [str(t) for t in sorted({*kept, done})]
-        rows = []
         for state in states(place, moments, args.device):
             alpha = alpha_of(args, state, experiment.validation)
             ratios, _ = measure(state, experiment.few, target, alpha, args.update)
-            LR = rounded(ratios[:, 0])
-            rows.append({"iteration": state.iteration, "alpha": alpha, "LR": LR})
-        half = min(rows, key=lambda row: abs(row["iteration"] - of / 2))
-        LR = half["LR"]
-        ends = {"best": int(np.argmin(LR)), "worst": int(np.argmax(LR))}
-        rows = [row | ends for row in rows]
-        found[state.label] = found.get(state.label, []) + rows  # exported files: a state each
+            row = {"iteration": state.iteration, "alpha": alpha, "LR": rounded(ratios[:, 0])}
+            found.setdefault(state.label, []).append(row)  # exported files are a state each
+            middle[state.label] = of / 2
+    for label, rows in found.items():
+        rows.sort(key=lambda row: row["iteration"])
+        LR = min(rows, key=lambda row: abs(row["iteration"] - middle[label]))["LR"]
+        for row in rows:
+            row |= {"best": int(np.argmin(LR)), "worst": int(np.argmax(LR))}
     return found
 
 
@@ -759,15 +769,16 @@ AT_HELP = (
     "which states: half (of the iterations, the paper's middle of training), final, or a kept iteration "
     "(mprotonet.py --keep-every)"
 )
-SHARED_HELP = "a class, or copies of a file, may be in two splits"
+SHARED_HELP = "accept data sets in which a class, or copies of a file, are in two splits"
 CHECKPOINT_HELP = "folders of mprotonet.py runs, or files that --export wrote; several are compared"
 UPDATE_HELP = "what the step changes: all meta-parameters, or the base network alone"
-LEVEL_HELP = "with --alpha auto: the median LR(j -> j) of validation targets"
+LEVEL_HELP = "--alpha auto takes the smallest step at which the median LR(j -> j) of validation tasks is this"
+SOURCES_HELP = f"of the first table (paper: 300); the others have at most {FEW_SOURCES} of them"
 SWEEP_HELP = f"the shares at {', '.join(map(str, SWEEP))} times alpha too"
 ALONG_HELP = "also LR of source tasks at every kept state of training (Fig. 2)"
 SEED_HELP = "of the source tasks; a run's own seed would give the tasks that it has trained on"
 OUT_HELP = "folder of transference.json and the figures"
-EXPORT_HELP = "only write the states there, in half precision, each as one file"
+EXPORT_HELP = "write each state to this folder as one file in half precision, and do nothing else"
 
 
 def get_args(argv=None):
@@ -775,26 +786,22 @@ def get_args(argv=None):
     p = new_parser(__doc__, "")
     p.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN", help=CHECKPOINT_HELP)
     p.add_argument("--at", nargs="+", default=["half", "final"], metavar="T", help=AT_HELP)
-    p.add_argument(
-        "--source", default="miniimagenet", help="mode of the source tasks, training classes (paper: this)"
-    )
-    p.add_argument("--target", default="fc100", help="mode of the target tasks, test classes (paper: this)")
-    p.add_argument("--source-tasks", type=int, default=300, help="paper: 300")
+    p.add_argument("--source", default="miniimagenet", help="mode of the source tasks: training classes")
+    p.add_argument("--target", default="fc100", help="mode of the target tasks: test classes")
+    p.add_argument("--source-tasks", type=int, default=300, help=SOURCES_HELP)
     p.add_argument("--target-tasks", type=int, default=20, help="paper: 1 in each figure")
     p.add_argument("--update", default="all", choices=("all", "base"), help=UPDATE_HELP)
     p.add_argument("--alpha", default="auto", help="step size; auto: see --self-transference")
     p.add_argument("--self-transference", type=float, default=0.95, help=LEVEL_HELP)
     p.add_argument("--sweep", action="store_true", help=SWEEP_HELP)
-    p.add_argument(
-        "--matrix", nargs="*", metavar="MODE", help="also every mode to every mode (the run's, or these)"
-    )
+    p.add_argument("--matrix", nargs="*", metavar="MODE", help="each mode to each mode (the run's, or these)")
     p.add_argument("--along", action="store_true", help=ALONG_HELP)
     p.add_argument("--seed", type=int, default=1000, help=SEED_HELP)
     root = os.environ.get("FEWSHOT_DATA") or "data"
     p.add_argument("--data-root", type=user_path, default=root, help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", type=user_path, default=".cache", help="decoded images")
     p.add_argument("--allow-shared-classes", action="store_true", help=SHARED_HELP)
-    p.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="auto", help="auto is the first GPU, or the CPU")
     p.add_argument("--out", type=user_path, default="results/transference", help=OUT_HELP)
     p.add_argument("--export", type=user_path, metavar="FOLDER", help=EXPORT_HELP)
     args = p.parse_args(argv)
@@ -807,9 +814,7 @@ def check(args):
     for name in ("source_tasks", "target_tasks"):
         if getattr(args, name) < 2:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give 2 or more")
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if args.device not in devices:
-        fail(f"--device {args.device}: not there; choose from {' '.join(devices)}")
+    args.device = resolve_device(args.device)
     if not 0 < args.self_transference < 1:
         fail(f"--self-transference {args.self_transference}: give a number between 0 and 1")
     if args.alpha == "auto":
@@ -843,16 +848,16 @@ def chosen_states(args):
 
 def add_differences(found, measured):
     """Add to each row its difference from each earlier one of the same moment."""
-    for j, two in enumerate(found):
-        for i in range(j + 1, len(found)):
-            one = found[i]
-            if one["moment"] == two["moment"]:
-                rows = (*measured[i], one["all"]), (*measured[j], two["all"])
-                one.setdefault("minus", {})[two["state"]] = compare(*rows)
+    for i, later in enumerate(found):
+        for j, earlier in enumerate(found[:i]):
+            if earlier["moment"] == later["moment"]:
+                rows = (*measured[i], later["all"]), (*measured[j], earlier["all"])
+                later.setdefault("minus", {})[earlier["state"]] = compare(*rows)
 
 
 def main():
     args = get_args()
+    torch.backends.cudnn.allow_tf32 = False  # a step changes entries by less than a GPU's TF32 tells apart
     runs = chosen_states(args)
     if args.export:
         for _, state in runs:
@@ -879,7 +884,7 @@ def main():
         if args.matrix is not None:
             row["matrix"] = matrix(args, state)
     add_differences(found, measured)
-    print("\n" + "\n\n".join(other_tables(found, min(ALONG_SOURCES, args.source_tasks))))
+    print("\n" + "\n\n".join(other_tables(found, min(FEW_SOURCES, args.source_tasks))))
     along = trajectories(args, runs, experiment) if args.along else {}
     save(args, experiment, found, along)
     if figures:

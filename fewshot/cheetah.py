@@ -47,11 +47,12 @@ class Cheetah:
 
     def ask(self, *columns):
         """Share out arrays, a row for each animal, evenly among the processes -> their answers, a row for each."""
-        pieces = zip(*(np.array_split(column, len(self.workers)) for column in columns))
+        pipes = [pipe for pipe, _ in self.workers][: len(columns[0])]  # no process without an animal
+        pieces = zip(*(np.array_split(column, len(pipes)) for column in columns))
         try:
-            for (pipe, _), piece in zip(self.workers, pieces):
+            for pipe, piece in zip(pipes, pieces):
                 pipe.send(piece)
-            return np.concatenate([pipe.recv() for pipe, _ in self.workers])
+            return np.concatenate([pipe.recv() for pipe in pipes])
         except (EOFError, BrokenPipeError, ConnectionResetError):
             remedy = "lower --workers, or look whether memory is short"
             fail(f"a process that simulates half-cheetahs has died: {remedy}")

@@ -20,6 +20,7 @@ __all__ = [
     "new_parser",
     "parse",
     "reset_unused",
+    "resolve_device",
 ]
 
 SHARED_HELP = "a class, or copies of a file, may be in two splits"

@@ -421,14 +421,14 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
 def test_cheetahs_reward_is_that_of_their_simulation(capsys):
     gymnasium, mujoco = pytest.importorskip("gymnasium"), pytest.importorskip("mujoco")
     mujoco.set_mju_user_warning(lambda text: None)
-    words = ["--rollouts", 2, "--horizon", 3, "--workers", 2, "--device", "cpu"]
+    words = ["--rollouts", 2, "--horizon", 3, "--device", "cpu"]
     rng = np.random.default_rng(0)
     start, actions = (
         torch.from_numpy(rng.normal(size=(2, 2, 18))),
         torch.from_numpy(rng.uniform(-1.5, 1.5, size=(3, 2, 2, 6))).float(),
     )
-    for env_name, u in (("cheetah-dir", 0.1), ("cheetah-vel", 0.6)):
-        args = get_args(modgrad_rl, "--env", env_name, *words)
+    for env_name, u, workers in (("cheetah-dir", 0.1, 2), ("cheetah-vel", 0.6, 5)):  # for 4 animals
+        args = get_args(modgrad_rl, "--env", env_name, "--workers", workers, *words)
         world = modgrad_rl.make_world(args)
         try:
             goal = world.tasks(torch.tensor([[u, 0.0], [0.9, 0.0]]))

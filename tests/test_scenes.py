@@ -408,12 +408,12 @@ def test_several_high_level_tasks_from_start_to_end(few_scenes, tmp_path, cache,
             get_args(afr, *SCENE_WORDS, "--modulation", "pam", "--tasks", "depth")
         ).items()
     ), "single and multi begin alike"
-    of = afr.MetaTasks(get_args(afr, *words), "train").of
+    of = afr.MetaTasks(get_args(afr, *words), "train").samplers
     assert not (of[1].indices(0, 4)[1] == of[2].indices(0, 4)[1]).all(), (
         "two high-level tasks are not trained on the same images"
     )
     assert result["domains"] == dict.fromkeys(afr.KINDS[1:], 2)
-    assert afr.MetaTasks(single, "test").sha256(4) == afr.MetaTasks(get_args(afr, *words), "test").of[
+    assert afr.MetaTasks(single, "test").sha256(4) == afr.MetaTasks(get_args(afr, *words), "test").samplers[
         1
     ].sha256(4), "and are tested alike"
     fails(capsys, lambda: afr.get_args([*map(str, words), "--test-tasks", "18"]), "a multiple of 4")
@@ -468,7 +468,7 @@ def test_attention_report(few_scenes, tmp_path, cache, monkeypatch, capsys):
     params = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["params"]
     args = get_args(afr, *words)
     test = afr.MetaTasks(args, "test")
-    for kind, sampler in zip(args.tasks, test.of):
+    for kind, sampler in zip(args.tasks, test.samplers):
         of = report["found"][kind]
         w, best = np.array(of["w"]), np.array(of["best"])
         assert (w.shape, best.shape) == ((6, 4, 4), (2, 4, 4))

@@ -101,6 +101,16 @@ def test_what_steps_are_by_hand():
     assert ((tiny < 1) == (cosines > 0)).all(), "what LR < 1 comes down to"
 
 
+def test_a_source_task_without_loss_has_no_direction():
+    state, targets = make_state(), make_task(seed=1, tasks=2)
+    state.options.distance_scale = 1e9  # each query image is its own prototype, and its loss is 0
+    sources = make_task(shots=1, queries=1, tasks=2)
+    sources = sources._replace(query_x=sources.support_x, query_y=sources.support_y)
+    cosines, own, _ = transference.what_steps_are(state, sources, targets, 1e-9, "all")
+    assert (cosines == 0).all()
+    assert np.isnan(own).all()
+
+
 def test_labels_of_the_target_do_not_reach_the_source_step():
     state, source, target = make_state(), make_task(tasks=1), make_task(seed=1, tasks=1)
     seen, original = [], transference.sgd_step
@@ -249,11 +259,17 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
     )  # half precision changes little of a small change
     assert np.abs(one - two).max() < 0.2 * np.abs(one).max()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    checkpoint = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)
+    checkpoint["identity"]["embed"] = "other"
+    torch.save(checkpoint, tmp_path / "other" / "checkpoint.pt")
     for bad, said in (
         (["--checkpoint", tmp_path / "none"], "there is no"),
         (["--checkpoint", tmp_path / "run", tmp_path / "copy"], "both called"),
         (["--checkpoint", tmp_path / "kml"], "run of MMAML+KML"),
+        (["--checkpoint", tmp_path / "other"], "--embed other"),
         (["--checkpoint", tmp_path / "run", "--at", "5"], "--keep-every 1"),
+        (["--checkpoint", tmp_path / "run", "--at", "7"], "has 6 iterations"),
         (["--checkpoint", tmp_path / "run", "--alpha", "x"], "--alpha"),
         (["--checkpoint", tmp_path / "run", "--source-tasks", "1"], "--source-tasks"),
         (["--checkpoint", tmp_path / "run", "--self-transference", "1"], "between 0 and 1"),

@@ -199,7 +199,7 @@ def main():
     total = (SUBTASKS + args.report_tasks) * len(args.tasks)
     found = {}
     with tqdm(total=total, desc="attention", disable=None, leave=False) as bar:
-        for kind, sampler in zip(args.tasks, test.of):
+        for kind, sampler in zip(args.tasks, test.samplers):
             found[kind] = report_of(params, kind, sampler, args, bar)
             show(kind, found[kind], args)
     out = Path(given.run)

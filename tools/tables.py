@@ -299,7 +299,7 @@ def transference_tables(folders):
     for file, place in sorted(places.items()):
         try:
             record = json.loads(file.read_text())
-            of, few = record["setting"], min(transference.ALONG_SOURCES, record["setting"]["source_tasks"])
+            of, few = record["setting"], min(transference.FEW_SOURCES, record["setting"]["source_tasks"])
             lines = [*transference.HEAD, *map(transference.shares_row, record["found"])]
             size = (
                 f"alpha {of['alpha']}"
