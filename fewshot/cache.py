@@ -196,7 +196,7 @@ class Seen:
         if first.split != job.split:
             for one in (first, job):
                 self.copies.setdefault((one.split, one.name), []).append((first, job))
-        if decoded.pixels.min() == decoded.pixels.max():
+        if (decoded.pixels == decoded.pixels[:1, :1]).all():  # a single colour
             self.plain.setdefault((job.split, job.name), []).append(job)
         if decoded.note:
             self.notes[decoded.note] += 1
