@@ -7,7 +7,7 @@ usage="usage: bash run_all.sh [--dry-run] [--only GLOB]... [--quick] [--syntheti
   --only GLOB  only the cells whose name matches, as 'kml/2mode/5shot/*'; may be given several times
   --quick      the scripts' two-minute budget in place of the papers'
   --synthetic  procedural images in place of the real ones: no download
-  --jobs N     N cells at a time (1); each one's output goes to output.txt in its folder
+  --jobs N     N cells at a time (1), which share the cores; each one's output goes to output.txt in its folder
   --out FOLDER where the runs go (runs; with --quick runs/quick, with --synthetic runs/synthetic, ...)
   -- FLAG...   flags for every command, which win: -- --image-size 28 --iterations 4000; give another --out with them
 
@@ -106,9 +106,10 @@ run() {     # cell $1, in the background. A second one in the same folder is ref
     fi
 }
 
-if [ "$jobs" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then     # runs that fight for the same cores are far slower than turns
-    cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
-    export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+if [ "$jobs" -gt 1 ]; then     # runs that fight for the same cores are far slower than turns
+    cores=$("$PYTHON" -c "from fewshot.parallel import cores; print(cores())") || exit 1
+    share=$((cores > jobs ? cores / jobs : 1))
+    export FEWSHOT_CORES=$share OMP_NUM_THREADS="${OMP_NUM_THREADS:-$share}"    # tasks in threads; PyTorch's own threads
 fi
 for i in "${!names[@]}"; do
     if [ -n "$stopped" ]; then break; fi

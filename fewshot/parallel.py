@@ -11,7 +11,7 @@ import torch
 def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")):
     """Count the CPU cores that this process may use -> at least 1.
 
-    Its affinity, its container's quota and the environment variable OMP_NUM_THREADS limit them.
+    Its affinity, its container's quota and the environment variable FEWSHOT_CORES, which run_all.sh sets, limit them.
     quotas: the files in which Linux says what a container may use, of control groups version 2 and 1.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -25,9 +25,9 @@ def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us
             continue
         if quota > 0:
             allowed = min(allowed, quota // period)
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2": 4, and 2 inside each
-    if threads.isdigit():
-        allowed = min(allowed, int(threads))
+    share = os.environ.get("FEWSHOT_CORES", "")
+    if share.isdigit():
+        allowed = min(allowed, int(share))
     return max(1, allowed)
 
 

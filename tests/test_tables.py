@@ -24,6 +24,7 @@ import modgrad_multishot
 import modgrad_rl
 import mprotonet
 from fewshot.flags import identity
+from fewshot.parallel import cores
 from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run, run_all
 from tools import papers, reading, tables
 
@@ -712,6 +713,8 @@ def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
     assert done.stdout.rstrip().endswith("kml/2mode/5shot/mprotonet (status 2)")
     assert done.stdout.count("(status") == done.stdout.count("5shot/mprotonet (") == 1
     assert "is no checkpoint" in (bad / "output.txt").read_text()
+    result = json.loads((bad.parent / "mprotonet+kml" / "result.json").read_text())
+    assert result["args"]["workers"] == max(1, cores() // 2), "cells at a time share the cores"
     table = (tmp_path / "runs" / "tables.md").read_text()
     assert "**Synthetic images.**" in table
     assert "| ProtoNet: missing |" in table
