@@ -799,7 +799,9 @@ def add_algorithm_flags(p):
     p.add_argument("--tasks", nargs="+", default=["classification"], choices=KINDS, help=TASKS_HELP)
     p.add_argument("--modes", nargs="+", metavar="MODE", help=MODES_HELP)
     p.add_argument("--ways", type=int, default=5, help="N, classes per subtask (P: 5)")
-    p.add_argument("--shots", type=int, default=1, help="K, per class (P: 1 and 5; regression: N*K in all)")
+    p.add_argument(
+        "--shots", type=int, default=1, help="K, support images per class (regression: N*K in all)"
+    )
     p.add_argument("--queries", type=int, default=15, help="Q, queries per class (regression: N*Q in all)")
     p.add_argument("--image-size", type=int, default=84, help="S, pixels")
     p.add_argument("--filters", type=int, default=32, help="C, of each of the four blocks (P: 32 and 64)")
@@ -834,10 +836,9 @@ def unused(args):
     """Flags that the method does not use."""
     if args.modulation == "none":
         return ["head", "attention_blocks", "attention_width", "attention_lr", "kl_weight"]
-    keys = ["kl_weight"] if args.modulation == "am" else []
     if args.embed == "constant":  # q and p are the same w, so their KL is 0
-        keys = ["kl_weight", "attention_blocks", "attention_width"]
-    return keys
+        return ["attention_blocks", "attention_width", "kl_weight"]
+    return ["kl_weight"] if args.modulation == "am" else []
 
 
 def check_typed(args):

@@ -128,7 +128,7 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if f"film{l}.scale" in params:  # Eq. 3 with eta = 1 + scale; after BatchNorm, as in MMAML's code
+        if f"film{l}.scale" in params:  # Eq. 3, where eta = 1 + scale; after BatchNorm, as in MMAML's code
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)

@@ -134,9 +134,7 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if (
-            f"film{l}.scale" in params
-        ):  # KML's Eq. 3 with eta = 1 + scale; after BatchNorm, as in MMAML's code
+        if f"film{l}.scale" in params:  # KML's Eq. 3, where eta = 1 + scale; after BatchNorm (C)
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)
@@ -326,7 +324,7 @@ def task_loss(params, task, args, evaluate=False):
 
     logits = classify()
     loss = F.cross_entropy(logits, task.query_y)  # 8: loss on Q
-    depends_on_queries = args.transductive or args.embed == "query"  # which set prototypes or v
+    depends_on_queries = args.transductive or args.embed == "query"  # they move prototypes, or set v
     if not evaluate or depends_on_queries:
         return loss, logits
     return loss, logits, classify(stats)

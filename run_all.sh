@@ -11,7 +11,7 @@ usage="usage: bash run_all.sh [--dry-run] [--only GLOB]... [--quick] [--syntheti
   --out FOLDER where the runs go (runs; with --quick runs/quick, with --synthetic runs/synthetic, ...)
   -- FLAG...   flags for every command, which win: -- --image-size 28 --iterations 4000; give another --out with them
 
-Ctrl-C ends the running cells with a checkpoint; the same command continues. Python is that of .venv, if there is one, or of
+Ctrl-C ends the running cells with a checkpoint; the same command (without -- --overwrite) continues. Python is that of .venv, if there is one, or of
 the variable PYTHON. Status 1: a cell failed or is not finished; it is named at the end."
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -64,7 +64,9 @@ done <<<"$list"
 # ---------------------------------------------------------------------------------------------------------- running them
 [ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
 
-finished() {    # whether cell $1 is: its last call had this very command, and its result is there. Training on removes the result
+# Whether cell $1 is finished: its last call that reached a result had this very command, and the result is still there.
+# (A run that trains on removes it.)
+finished() {
     local at="$folder/${names[$1]}"
     [ "$(cat "$at/command.txt" 2>/dev/null)" = "${commands[$1]}" ] && [ -s "$at/result.json" ]
 }
@@ -106,9 +108,12 @@ run() {     # cell $1, in the background. A second one in the same folder is ref
     fi
 }
 
-if [ "$jobs" -gt 1 ]; then     # runs that fight for the same cores are far slower than turns
+todo=0
+for i in "${!names[@]}"; do finished "$i" || todo=$((todo + 1)); done
+side_by_side=$((todo < jobs ? todo : jobs))
+if [ "$side_by_side" -gt 1 ]; then     # runs that fight for the same cores are far slower than turns
     cores=$("$PYTHON" -c "from fewshot.parallel import cores; print(cores())") || exit 1
-    share=$((cores > jobs ? cores / jobs : 1))
+    share=$((cores > side_by_side ? cores / side_by_side : 1))
     export FEWSHOT_CORES=$share OMP_NUM_THREADS="${OMP_NUM_THREADS:-$share}"    # tasks in threads; PyTorch's own threads
 fi
 for i in "${!names[@]}"; do
@@ -142,7 +147,7 @@ done
 "$PYTHON" -m tools.tables "$folder" --out "$([ "$folder" = runs ] && echo results || echo "$folder")"
 status=$?
 if [ -s "$failures" ]; then
-    echo "cells that failed or are not finished, which the same command tries again:"
+    echo "cells that failed or are not finished, which $again tries again:"
     sort "$failures"
     exit 1
 fi

@@ -188,7 +188,7 @@ def choose_alpha(state, batch, update, level):
     """
     first = straight_step(state, batch, update, level)
     if not 0 < first < math.inf:
-        fail(f"{state.name}: no gradient moves the loss (step size {first}): give --alpha")
+        fail(f"{state.name}: no gradient moves a validation task's loss, or one is 0: give --alpha")
     first = 2.0 ** math.floor(math.log2(first / 8))
     medians = {}
 
@@ -206,7 +206,7 @@ def choose_alpha(state, batch, update, level):
     if best is None:
         least = medians[min(medians, key=medians.get)]
         best_step = f"the lowest median self-transference is {least:.4f}, not {level}"
-        remedy = f"give --self-transference {(1 + least) / 2:.3f}, say, for all states, or --alpha"
+        remedy = f"give --alpha, or for all states a --self-transference above {least:.4f}"
         fail(f"{state.name}: {best_step}: {remedy}")
     for k in (4, 16):  # in quarters, then in sixteenths of a factor of 2
         finer = [best * 2 ** (-i / k) for i in (3, 2, 1, 0)]
@@ -337,7 +337,7 @@ def states(place, at, device):
         elif iteration in kept:
             params = read_kept(kept[iteration])
         elif iteration > of:
-            fail(f"--at {moment}: {place} has {of} iterations; give one of these")
+            fail(f"--at {moment}: {place} has only {of} iterations; give half, final or a kept one")
         else:
             there = f"{place} has no params-{iteration}.pt (kept: {sorted(kept) or 'none'})"
             fail(f"{there}: train with --keep-every {math.gcd(iteration, of)}, or give --at final")
@@ -433,7 +433,7 @@ def describe(ratios, gains, draws=1000):
     """
     if not np.isfinite(ratios).all():
         cause = "a target's loss is 0, or the step is too large"
-        fail(f"a loss ratio is not finite: {cause}; give a smaller --alpha, or another --target")
+        fail(f"a loss ratio is not finite: {cause}; give a smaller --alpha, or another mode of targets")
     found = statistics(ratios, gains)
     samples = []
     for at in resampled(ratios.shape, draws):
@@ -651,6 +651,8 @@ def measure_state(args, state, moment, experiment):
     }
     print(shares_row(row), flush=True)
     cosines, to_itself, base = what_steps_are(state, experiment.few, targets, alpha, update)
+    if np.isnan(to_itself).all():
+        fail(f"{state.name}: the loss of every source task is 0, so none makes a step; give another --source")
     row["steps"] = {
         "agree": agreement(cosines),
         "cosine": float(np.median(cosines)),

@@ -23,7 +23,8 @@ __all__ = [
     "resolve_device",
 ]
 
-SHARED_HELP = "a class, or copies of a file, may be in two splits"
+SHARED_HELP = "accept data sets in which a class, or copies of a file, are in two splits"
+STOP_HELP = "seconds since the run began, validation included; then write a checkpoint and end"
 # What args holds that does not change what is learned: runs that differ in nothing else are the same run.
 NOT_IDENTITY = {
     *(
@@ -42,7 +43,8 @@ NOT_IDENTITY = {
     # flags that checkpoints of earlier versions may name
     *("picture", "runs", "attention_report", "report_tasks"),
 }
-CHANGED = ("adapt",)  # before kml.py and mmaml.py had this flag, they did what is not its default today
+# What a method's runs did before there was a flag, where that is not its default.
+BEFORE = {"MMAML+KML": {"adapt": "modulated"}}
 AT_LEAST = {  # smallest value of a number; 0 for all others
     **dict.fromkeys(("ways", "test_tasks", "val_tasks", "batch"), 2),
     **dict.fromkeys(("shots", "queries", "channels", "filters", "hidden", "pixels", "meta_batch"), 1),
@@ -106,7 +108,7 @@ def add_run_flags(p, quick, keep="iterations between kept parameters; 0 keeps no
     p.add_argument("--log-every", type=int, default=50, help="iterations")
     p.add_argument("--save-every", type=int, default=1000, help="iterations between checkpoints")
     p.add_argument("--keep-every", type=int, default=0, help=keep)
-    p.add_argument("--stop-after", type=float, help="seconds; then write a checkpoint and end")
+    p.add_argument("--stop-after", type=float, help=STOP_HELP)
     start = p.add_mutually_exclusive_group()
     start.add_argument("--eval-only", action="store_true", help="evaluate the checkpoint as it is")
     start.add_argument("--overwrite", action="store_true", help="start afresh, dropping what --out holds")
@@ -225,21 +227,40 @@ def identity(args):
     return {"method": args.method} | flags
 
 
-def flags_of_run(recorded, script, **before):
+def flags_of_run(recorded, script):
     """The flags that a run of `script`, a module, was trained with -> Namespace. recorded: the identity in its checkpoint.
 
-    A flag that did not exist when the run was trained has its default, or its value in `before`.
+    A flag that did not exist when the run was trained has the default of its algorithm, or what BEFORE says.
     """
-    assumed = identity(script.get_args([])) | before
+    words = []
+    for key in ("algorithm", "modulation", "env"):  # which other defaults depend on
+        if key in recorded:
+            words += [f"--{key}", recorded[key]]
+    assumed = identity(script.get_args(words)) | BEFORE.get(recorded.get("method"), {})
     return argparse.Namespace(**assumed | recorded)
 
 
 def differing_flags(args, recorded):
     """The names of the flags in which `args` differ from the identity that a run recorded -> list.
 
-    A flag that did not exist when the run was trained counts as having been at its default, but for those in CHANGED.
+    A flag that did not exist when the run was trained counts as having been at its default, or what BEFORE says.
     """
     here = identity(args)
-    newer = here.keys() - recorded.keys()
+    before = BEFORE.get(recorded.get("method"), {})
     others = [key for key, value in recorded.items() if here.get(key) != value]
-    return others + [key for key in newer if key in args.changed or key in CHANGED]
+    for key in here:
+        if key in recorded:
+            continue
+        same = here[key] == before[key] if key in before else key not in args.changed
+        if not same:
+            others.append(key)
+    return others
+
+
+def older_than_flag(recorded, key):
+    """What to say of a run that a flag is newer than."""
+    flag = f"--{key.replace('_', '-')}"
+    before = BEFORE.get(recorded.get("method"), {})
+    if key in before:
+        return f"is older than {flag}, and did what is now {flag} {before[key]}: give that, or another --out"
+    return f"is older than {flag}: leave it out, or give another --out"

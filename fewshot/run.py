@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fewshot import plots
 from fewshot.files import atomic_write, fail
-from fewshot.flags import differing_flags, identity
+from fewshot.flags import differing_flags, identity, older_than_flag
 from fewshot.records import (
     check_fields,
     checksum,
@@ -83,7 +83,7 @@ class Run:
         if args.overwrite:
             remove_files(self.folder)
         self.checkpoint = load(path, args, self.data) if path.exists() else None
-        self.opened = time.perf_counter()
+        self.opened = time.perf_counter()  # --stop-after counts from here
         self.done = 0  # iterations
         self.seconds = 0.0  # of training
         self.window = []  # what iterations observed since the last log line
@@ -344,7 +344,10 @@ def release_signals():
 
 def heard():
     """The signals that end a run. Under nohup SIGHUP is ignored, and stays so: the run outlives its terminal."""
-    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up and signal.getsignal(hang_up) is signal.SIG_IGN:
+        return [number for number in SIGNALS if number != hang_up]
+    return SIGNALS
 
 
 def lock(folder):
@@ -390,9 +393,7 @@ def load(path, args, data):
         fail(f"{path} is no checkpoint ({why}): start afresh with --overwrite, or give another --out")
     for key in others:
         if key not in there:
-            fail(
-                f"{path.parent} is older than --{key.replace('_', '-')}: leave it out, or give another --out"
-            )
+            fail(f"{path.parent} {older_than_flag(there, key)}")
         fail(f"{path.parent} has {key} {there[key]}, not {here.get(key)}: give another --out")
     for mode, content in checkpoint.get("data", {}).items():
         if data.get(mode, content) != content:

@@ -456,7 +456,12 @@ def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):
         fails(capsys, lambda text=text: documents.filled(text), *words)
     closing = "<!-- end of table -->\n"
     text = f"<!-- table 1 of results/cheetah -->\nprose\n<!-- table 2 of results/cheetah -->\n{closing}"
-    fails(capsys, lambda: documents.filled(text), "results/cheetah has no <!-- end of table -->")
+    for broken in (
+        text,
+        "<!-- table 1 of results/cheetah -->\n",
+        f"<!-- table 1 of results\nbad line -->\n{closing}",
+    ):
+        fails(capsys, lambda broken=broken: documents.filled(broken), "a marker is not whole")
 
 
 def test_transference_results_name_their_commit_or_the_readme_says_that_they_do_not():

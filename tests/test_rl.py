@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import modgrad_rl
+from data import uniform
 from tests.helpers import call, fails, get_args, here, relative_distance
-from tools import pictures
+from tools import pictures, tables_rl
 
 
 def make_rl(algorithm="modgrad", *words):
@@ -455,6 +456,20 @@ def test_cheetahs_reward_is_that_of_their_simulation(capsys):
                 ).sum()
                 assert reward[t, r].item() == pytest.approx(wanted, abs=1e-5)
                 assert not end.any()
+
+
+def test_returns_of_half_cheetahs_by_direction():
+    """Of each test task the return is the direction that is wanted, so the table must show 1 and -1."""
+    args = get_args(modgrad_rl, "--env", "cheetah-dir", "--test-tasks", 12)
+    draws = [uniform("rl cheetah-dir test None", number, 2)[0] for number in range(12)]
+    wanted = np.where(np.array(draws) < 0.5, -1.0, 1.0)
+    run = {"method": "MAML", "args": vars(args), "test_tasks": 12, "scores": wanted[None], "options": {}}
+    run |= {"seed": 0, "first_seed": 0}
+    table = tables_rl.by_direction([run], ["before"])
+    assert f"| MAML, forwards ({(wanted > 0).sum()} tasks) | 1.00 ± 0.00 |" in table
+    assert f"| MAML, backwards ({(wanted < 0).sum()} tasks) | -1.00 ± 0.00 |" in table
+    few = run | {"test_tasks": 1, "scores": wanted[None, :1]}
+    assert "tasks)" not in tables_rl.by_direction([few], ["before"]), "one task has no interval"
 
 
 def test_cheetahs_need_mujoco(monkeypatch, capsys):

@@ -27,6 +27,7 @@ from data import Task, flags_of_run
 from fewshot import parallel as fewshot_parallel
 from fewshot import plots
 from fewshot import published as fewshot_published
+from fewshot import run as fewshot_run
 from fewshot.flags import identity
 from tests.helpers import (
     CASES,
@@ -272,15 +273,29 @@ VARIANTS = {  # flags that make another run than the paper's
 }
 
 
-@pytest.mark.parametrize("module", [*VARIANTS, modgrad_completion, modgrad_multishot, modgrad_rl])
-def test_a_flag_newer_than_a_run_has_its_default(module):
-    now = identity(get_args(module))
-    for newer in now:
-        recorded = {key: f"recorded {key}" for key in now if key != newer}
-        expected = recorded | {newer: now[newer]}
-        assert vars(flags_of_run(recorded, module)) == expected
-        assert vars(flags_of_run(recorded, module, **{newer: "before"})) == expected | {newer: "before"}
-    assert flags_of_run({"dropped": 3}, module).dropped == 3, "what an old run recorded is kept"
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (kml, ""),
+        (kml, "--modulation none"),
+        (mmaml, ""),
+        (mprotonet, "--modulation none"),
+        (modgrad, "--algorithm maml"),
+        (modgrad, "--algorithm cavia"),
+        (modgrad_completion, "--algorithm cavia"),
+        (modgrad_multishot, "--algorithm reptile"),
+        (modgrad_rl, "--env cheetah-dir --algorithm cavia"),
+        (afr, "--algorithm maml"),
+        (afr, "--modulation pam"),
+    ],
+)
+def test_a_flag_newer_than_a_run_has_its_algorithms_default(module, words):
+    now = identity(get_args(module, *words.split()))
+    for newer in now.keys() - {"method", "algorithm", "modulation", "env"}:
+        recorded = {key: value for key, value in now.items() if key != newer}
+        before = "modulated" if (now["method"], newer) == ("MMAML+KML", "adapt") else now[newer]
+        assert vars(flags_of_run(recorded, module)) == now | {newer: before}
+    assert flags_of_run(now | {"dropped": 3}, module).dropped == 3, "what an old run recorded is kept"
 
 
 @pytest.mark.parametrize(
@@ -386,6 +401,21 @@ def test_stop_after(tmp_path, cache, monkeypatch, capsys):
     )
     assert "stopped by --stop-after" in capsys.readouterr().out
     assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_validation_counts_for_stop_after(tmp_path, cache, monkeypatch, capsys):
+    clock = [0.0]  # seconds; validating takes ten, and nothing else takes any
+    monkeypatch.setattr(fewshot_run.time, "perf_counter", lambda: clock[0])
+    original = kml.evaluate
+
+    def slow(params, episodes, count, args):
+        clock[0] += 10
+        return original(params, episodes, count, args)
+
+    monkeypatch.setattr(kml, "evaluate", slow)
+    words = *TINY, "--val-every", 2, "--val-tasks", 4, "--stop-after", 15, "--iterations", 100
+    call(kml, monkeypatch, *words, "--cache-dir", cache, "--out", tmp_path)
+    assert "stopped by --stop-after at iteration 5 of 100" in capsys.readouterr().out
 
 
 def test_a_diverging_run_says_so(tmp_path, cache, monkeypatch, capsys):
@@ -504,13 +534,20 @@ def test_a_run_goes_on_where_a_flag_is_newer_than_it(tmp_path, cache, monkeypatc
     def again(*flags):
         return lambda: call(kml, monkeypatch, *words, "--iterations", 3, *flags)
 
-    given = {"repeat_tasks": ["--repeat-tasks"], "conv4_lr": ["--conv4-lr", 0.3], "adapt": []}
-    for (
-        flag,
-        flags,
-    ) in given.items():  # what --adapt's default does, runs did not do before there was the flag
+    for flag, flags in {"repeat_tasks": ["--repeat-tasks"], "conv4_lr": ["--conv4-lr", 0.3]}.items():
         forget_flag(tmp_path, flag)
-        fails(capsys, again(*flags), f"older than --{flag.replace('_', '-')}")
+        fails(capsys, again(*flags), f"older than --{flag.replace('_', '-')}: leave it out")
+    forget_flag(tmp_path, "adapt")
+    fails(capsys, again(), "older than --adapt, and did what is now --adapt modulated: give that")
+
+
+@pytest.mark.parametrize("module, words", [(kml, ["--adapt", "modulated"]), (mmaml, [])])
+def test_a_run_from_before_adapt_goes_on_as_it_began(tmp_path, cache, monkeypatch, module, words):
+    words = *TINY, *words, "--cache-dir", cache, "--out", tmp_path
+    call(module, monkeypatch, *words, "--iterations", 2)
+    forget_flag(tmp_path, "adapt")
+    call(module, monkeypatch, *words, "--iterations", 3)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 3
 
 
 @pytest.mark.parametrize("ignored", [False, True])

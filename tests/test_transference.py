@@ -249,7 +249,7 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
     done = here("transference.py", "--checkpoint", tmp_path / "run", "--export", tmp_path / "half")
     files = sorted((tmp_path / "half").iterdir())
     assert len(files) == 2
-    done = here("transference.py", "--checkpoint", *files, *words, "--out", tmp_path / "again")
+    done = here("transference.py", "--checkpoint", *files, *words, "--along", "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "again" / "transference.json").read_text())
     assert [r["state"] for r in again["found"]] == [r["state"] for r in found["found"]]
@@ -258,6 +258,10 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
         np.array(x["found"][0]["LR"]) - 1 for x in (found, again)
     )  # half precision changes little of a small change
     assert np.abs(one - two).max() < 0.2 * np.abs(one).max()
+    for rows in (found["along"]["MProtoNet+KML"], again["along"]["MProtoNet+KML"]):
+        assert [x["iteration"] for x in rows] == [3, 6]
+        best, worst = np.argmin(rows[0]["LR"]), np.argmax(rows[0]["LR"])  # 3 of 6: the middle of training
+        assert [(x["best"], x["worst"]) for x in rows] == [(best, worst)] * 2
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     checkpoint = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)

@@ -166,7 +166,9 @@ def open_run(given):
     try:
         checkpoint = read_tensors(path)
         recorded, params = checkpoint["identity"], checkpoint["params"]
-        modulation, _ = recorded["modulation"], recorded["filters"]
+        modulation = recorded["modulation"]
+        if "filters" not in recorded:
+            raise KeyError("filters")
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(
             f"{path} is no checkpoint of afr.py ({type(error).__name__}): train first, or name another folder"

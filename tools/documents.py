@@ -40,6 +40,7 @@ MARKED = re.compile(
     r"(<!-- (table \d+|differences|validation) of (\S[^\n]*?)((?:\n\w+: [^\n]*?)*) -->\n)(.*?)(<!-- end of table -->)",
     re.DOTALL,
 )
+OPENING = re.compile(r"<!-- (?:table \d+|differences|validation) of ")
 KEYS = ("columns", "without", "rows", "pairs")
 TRIAL = re.compile(r"(.+)-(lr|inner|alpha)([\d.e-]+)")  # the name of a trial's folder
 FLAGS = {"lr": "--lr", "inner": "--inner-lr", "alpha": "--alpha"}
@@ -262,11 +263,7 @@ def filled(text):
     """A document -> the document with its tables made anew."""
 
     def anew(match):
-        opening, kind, places, lines, content, closing = match.groups()
-        if "<!--" in content:
-            fail(
-                f"a marker of tables of {places} has no <!-- end of table -->: the next one would be taken for it"
-            )
+        opening, kind, places, lines, _, closing = match.groups()
         options = dict(line.split(": ", 1) for line in lines.strip().splitlines())
         unknown = [key for key in options if key not in KEYS]
         if unknown:
@@ -277,6 +274,10 @@ def filled(text):
             return opening + render(1, validation_table(places.split()), places, options) + closing
         return opening + render(int(kind.split()[1]), source(places.split()), places, options) + closing
 
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)):
+        fail(
+            "a marker is not whole: each needs lines 'key: value', and a table with <!-- end of table --> after it"
+        )
     return MARKED.sub(anew, text)
 
 

@@ -58,8 +58,7 @@ def load(folder):
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
     if checkpoint["identity"].get("embed") == "query":
         fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
-    # Before there was --adapt, inner steps changed the modulated kernels.
-    args = flags_of_run(checkpoint["identity"], module, adapt="modulated")
+    args = flags_of_run(checkpoint["identity"], module)
     return module, args, checkpoint["params"], checkpoint["iteration"]
 
 

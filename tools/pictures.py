@@ -29,7 +29,9 @@ def open_run(folder, script, **more):
     try:
         checkpoint = read_tensors(Path(folder) / "checkpoint.pt")
         recorded = checkpoint["identity"]
-        recorded["pixels" if script is modgrad_completion else "env"]
+        own_flag = "pixels" if script is modgrad_completion else "env"
+        if own_flag not in recorded:
+            raise KeyError(own_flag)
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         kind = f"a run of {script.__name__}.py"
         fail(f"{folder}: has no checkpoint of {kind} ({type(error).__name__}): name another folder")

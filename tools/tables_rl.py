@@ -155,9 +155,9 @@ def by_direction(runs, heads):
         args = argparse.Namespace(**run["args"])
         wanted = modgrad_rl.goals(Directions, args, "test", 0, run["test_tasks"]).flatten().numpy()
         for sign, word in ((1, "forwards"), (-1, "backwards")):
-            parts.append(
-                (f"{label(run)}, {word} ({(wanted == sign).sum()} tasks)", run["scores"][:, wanted == sign])
-            )
+            chosen = wanted == sign
+            if chosen.sum() > 1:  # for an interval
+                parts.append((f"{label(run)}, {word} ({chosen.sum()} tasks)", run["scores"][:, chosen]))
 
     def returns(k):
         return lambda part: mean(part[1][k])
