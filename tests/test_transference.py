@@ -273,7 +273,7 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
         (["--checkpoint", tmp_path / "kml"], "run of MMAML+KML"),
         (["--checkpoint", tmp_path / "other"], "--embed other"),
         (["--checkpoint", tmp_path / "run", "--at", "5"], "--keep-every 1"),
-        (["--checkpoint", tmp_path / "run", "--at", "7"], "has 6 iterations"),
+        (["--checkpoint", tmp_path / "run", "--at", "7"], "has only 6 iterations"),
         (["--checkpoint", tmp_path / "run", "--alpha", "x"], "--alpha"),
         (["--checkpoint", tmp_path / "run", "--source-tasks", "1"], "--source-tasks"),
         (["--checkpoint", tmp_path / "run", "--self-transference", "1"], "between 0 and 1"),
