@@ -28,6 +28,7 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -132,58 +133,79 @@ def spectrum(steps):
     return found
 
 
+class Inspected(NamedTuple):
+    """A run under inspection: its row in gradients.json, and what it is measured with."""
+
+    row: dict
+    params: dict
+    options: argparse.Namespace
+    test: Episodes
+
+
 def inspect(runs, args):
     """-> a dict for each run, and for each run of MAML with its step scaled (see above)."""
-    rows, length = [], None
-    for folder in args.runs:
-        options, params, done = runs[folder]
-        options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
-        options.allow_shared_classes = True  # training on these images has decided that
-        test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
-        row = {
-            "run": options.method + (", started at one" if vars(options).get("start_at_one") else ""),
-            "algorithm": options.algorithm,
-            "modes": options.modes,
-            "shots": options.shots,
-            "ways": options.ways,
-            "image_size": options.image_size,
-            "seed": options.seed,
-            "iteration": done,
-            "synthetic": options.synthetic,
-            "steps": options.steps,
-            "alpha": options.alpha,
-            "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
-            "step_length": step_length(params, options, validation, args.step_tasks),
+    inspected = [describe(*runs[folder], args) for folder in args.runs]
+    lengths = [one.row["step_length"] for one in inspected if one.options.algorithm == "modgrad"]
+    if not args.gradient_noise:
+        return [one.row for one in inspected]
+    rows = []
+    for one in inspected:
+        both = [one]
+        if one.options.algorithm == "maml" and lengths:
+            both.append(scaled(one, lengths[0]))
+        for each in both:
+            add_noise(each, args)
+            rows.append(each.row)
+    return rows
+
+
+def describe(options, params, done, args):
+    """What is known of a run without noise: its setting, the length of its first step, its spectrum -> Inspected."""
+    options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
+    options.allow_shared_classes = True  # training on these images has decided that
+    test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
+    row = {
+        "run": options.method + (", started at one" if vars(options).get("start_at_one") else ""),
+        "algorithm": options.algorithm,
+        "modes": options.modes,
+        "shots": options.shots,
+        "ways": options.ways,
+        "image_size": options.image_size,
+        "seed": options.seed,
+        "iteration": done,
+        "synthetic": options.synthetic,
+        "steps": options.steps,
+        "alpha": options.alpha,
+        "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
+        "step_length": step_length(params, options, validation, args.step_tasks),
+    }
+    if args.spectrum and options.algorithm != "cavia":
+        row["spectrum"] = spectrum(first_steps(params, options, test, args.step_tasks))
+    return Inspected(row, params, options, test)
+
+
+def scaled(one, length):
+    """The same network with its step size scaled, so that its first step has this length -> Inspected."""
+    alpha = one.options.alpha * length / one.row["step_length"]
+    row = {key: value for key, value in one.row.items() if key != "spectrum"}
+    row |= {"run": f"{row['run']}, step scaled", "alpha": alpha, "step_length": length}
+    return Inspected(row, one.params, argparse.Namespace(**vars(one.options) | {"alpha": alpha}), one.test)
+
+
+def add_noise(one, args):
+    """Measure accuracy at each level of noise, and add it to the row."""
+    modes = one.options.modes
+    per_task = accuracies(one.params, one.options, one.test, args.tasks, args.gradient_noise)
+    noise = {}
+    for sigma, x in zip(args.gradient_noise, per_task):
+        noise[str(sigma)] = {
+            "accuracy": modgrad.summary(x[0], modes),
+            "accuracy_inductive": modgrad.summary(x[1], modes),
+            "change": modgrad.summary(x[0] - per_task[0, 0], modes),
+            "per_task": x[0].round(4).tolist(),
         }
-        if options.algorithm == "modgrad" and length is None:
-            length = row["step_length"]
-        if args.spectrum and options.algorithm != "cavia":
-            row["spectrum"] = spectrum(first_steps(params, options, test, args.step_tasks))
-        rows.append((row, params, options, test))
-    for row, params, options, test in list(rows):
-        if args.gradient_noise and options.algorithm == "maml" and length is not None:
-            scaled = argparse.Namespace(
-                **vars(options) | {"alpha": options.alpha * length / row["step_length"]}
-            )
-            more = {k: v for k, v in row.items() if k != "spectrum"} | {
-                "run": f"{row['run']}, step scaled",
-                "alpha": scaled.alpha,
-                "step_length": length,
-            }
-            rows.insert(1 + [r for r, *_ in rows].index(row), (more, params, scaled, test))
-    for row, params, options, test in rows if args.gradient_noise else ():
-        per_task = accuracies(params, options, test, args.tasks, args.gradient_noise)
-        row["noise"] = {
-            str(sigma): {
-                "accuracy": modgrad.summary(x[0], options.modes),
-                "accuracy_inductive": modgrad.summary(x[1], options.modes),
-                "change": modgrad.summary(x[0] - per_task[0, 0], options.modes),
-                "per_task": x[0].round(4).tolist(),
-            }
-            for sigma, x in zip(args.gradient_noise, per_task)
-        }
-        row["tasks_sha256"] = test.sha256(args.tasks)
-    return [row for row, *_ in rows]
+    one.row["noise"] = noise
+    one.row["tasks_sha256"] = one.test.sha256(args.tasks)
 
 
 def label(row):

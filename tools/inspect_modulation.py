@@ -220,6 +220,30 @@ def inspect(folder, count, data_root, cache_dir):
     }
 
 
+def report(row):
+    """Print what was found of one run."""
+    flags = f"--embed {row.get('embed', 'support')}"
+    if row.get("no_residual"):
+        flags += " --no-residual"
+    setting = f"{'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot"
+    print(f"{row['method']} {setting} {flags} seed {row['seed']}, after {row['iteration']} iterations")
+    for layer, x in row["M"].items():
+        print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
+    for layer, x in row["outputs"].items():
+        ends = {what: " to ".join(f"{y:.3g}" for y in x[what]) for what in ("norm", "variance", "deviation")}
+        print(f"    {layer}: modulation multiplies the norms of filters by {ends['norm']}")
+        print(
+            f"    {layer}: outputs have variance {ends['variance']}, after BatchNorm deviation {ends['deviation']}"
+        )
+    print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
+    for what, score in row["accuracy"].items():
+        cells = []
+        for name, x in score.items():
+            change = row["change"][what][name]
+            cells.append(f"{name} {x['mean']:.2f} ({change['mean']:+.2f} +- {change['ci95']:.2f})  ")
+        print(f"    accuracy with {what:20}", *cells)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
@@ -237,31 +261,7 @@ def main():
     for folder in args.runs:
         row = inspect(folder, args.tasks, args.data_root, args.cache_dir)
         found.append(row)
-        flags = " ".join(
-            [f"--embed {row.get('embed', 'support')}", *(["--no-residual"] if row.get("no_residual") else [])]
-        )
-        print(
-            f"{row['method']} {'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot {flags} "
-            f"seed {row['seed']}, after {row['iteration']} iterations"
-        )
-        for layer, x in row["M"].items():
-            print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
-        for layer, x in row["outputs"].items():
-            norm, variance, deviation = (
-                " to ".join(f"{y:.3g}" for y in x[what]) for what in ("norm", "variance", "deviation")
-            )
-            print(f"    {layer}: modulation multiplies the norms of filters by {norm}")
-            print(f"    {layer}: outputs have variance {variance}, after BatchNorm deviation {deviation}")
-        print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
-        for what, score in row["accuracy"].items():
-            print(
-                f"    accuracy with {what:20}",
-                *(
-                    f"{name} {x['mean']:.2f} ({row['change'][what][name]['mean']:+.2f} +- "
-                    f"{row['change'][what][name]['ci95']:.2f})  "
-                    for name, x in score.items()
-                ),
-            )
+        report(row)
     if args.out:
         atomic_write(Path(args.out), json.dumps(found, indent=1) + "\n")
 
