@@ -161,7 +161,7 @@ def encode_task(params, support_x):
     return F.relu(linear(encoder, "linear", x.mean((2, 3)))).mean(0)
 
 
-def generator_sizes(l, c_in, c_out):
+def generator_sizes(args, l, c_in, c_out):
     """Output sizes of the generator's linear layers for layer l: M is the outer product of rows and cols; bias is db."""
     if l == 1:
         rows, cols = c_out, 9 * c_in
@@ -232,7 +232,7 @@ def init_params(args):
     for l, c_in, c_out in layers:
         default(f"encoder.conv{l}", c_out, c_in, 3, 3)
         norm(f"encoder.norm{l}", c_out)
-        for name, outputs in generator_sizes(l, c_in, c_out).items():
+        for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
     if args.embed == "constant":

@@ -152,7 +152,7 @@ def encode_task(params, support_x):
     return F.relu(linear(encoder, "linear", x.mean((2, 3)))).mean(0)
 
 
-def generator_sizes(l, c_in, c_out):
+def generator_sizes(args, l, c_in, c_out):
     """Outputs of the linear layer that makes omega for layer l: a scale and a shift per channel."""
     return {f"film{l}": 2 * c_out}
 
@@ -207,7 +207,7 @@ def init_params(args):
     for l, c_in, c_out in layers:
         default(f"encoder.conv{l}", c_out, c_in, 3, 3)
         norm(f"encoder.norm{l}", c_out)
-        for name, outputs in generator_sizes(l, c_in, c_out).items():
+        for name, outputs in generator_sizes(args, l, c_in, c_out).items():
             default(f"generator.{name}", outputs, EMBEDDING)
     default("encoder.linear", EMBEDDING, widths[-1])
     if args.embed == "constant":
