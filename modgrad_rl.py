@@ -708,7 +708,9 @@ def column(i):
     """A column of DEFAULTS for a help text."""
     cells = []
     for algorithm, row in DEFAULTS.items():
-        value = (" ".join(row[i]) or "none") if isinstance(row[i], list) else row[i]
+        value = row[i]
+        if isinstance(value, list):
+            value = " ".join(value) or "none"
         cells.append(f"{algorithm} {value}")
     return ", ".join(cells)
 

@@ -42,7 +42,7 @@ CHUNK_FILES = 2048  # contents of so many files wait at a time,
 CHUNK_BYTES = 1 << 28  # of so many bytes together
 SHARED_IN_SPLIT = 0.01  # of a split's images may stand in another split too: published sets have such slips
 SHARED_IN_CLASS = 0.1  # of a class's images
-PLAIN_IN_SET = 0.1  # of all images may be of a single colour
+PLAIN_IN_SET = 0.1  # of all images may be of a single value
 
 
 # -------------------------------------------------------------------------------------------------- finding
@@ -186,7 +186,7 @@ class Seen:
         self.mode, self.splits = mode, splits
         self.first = {}  # of each content: the first Job that has it
         self.copies = {}  # (split, class): [(Job, Job of the same content in another split)]
-        self.plain = {}  # (split, class): [Job of an image of a single colour]
+        self.plain = {}  # (split, class): [Job of an image of a single value]
         self.notes = collections.Counter()
         self.shared = check_classes(splits)
 
@@ -196,7 +196,7 @@ class Seen:
         if first.split != job.split:
             for one in (first, job):
                 self.copies.setdefault((one.split, one.name), []).append((first, job))
-        if (decoded.pixels == decoded.pixels[:1, :1]).all():  # a single colour
+        if decoded.pixels.min() == decoded.pixels.max():
             self.plain.setdefault((job.split, job.name), []).append(job)
         if decoded.note:
             self.notes[decoded.note] += 1
@@ -211,7 +211,7 @@ class Seen:
             all_of_class = len(places) == len(self.splits[split][name])
             if all_of_class or plain > PLAIN_IN_SET * images:
                 fail(
-                    f"{places[0]} and {plain - 1} more of {images} images are of one single colour, as if they were empty: "
+                    f"{places[0]} and {plain - 1} more of {images} images are of one single value, as if they were empty: "
                     "look at them; replace or remove them"
                 )
         if not self.shared and self.mode not in LAYOUTS:

@@ -153,14 +153,14 @@ def test_empty_images_are_refused(tmp_path, capsys):
         capsys,
         lambda: prepare("mine", 8, tmp_path / "root", tmp_path / "c"),
         "val/val1/00.png",
-        "single colour",
+        "single value",
     )
     class_folders(tmp_path / "root")
     for c in range(3):  # one in four, though no class is all of it
         picture(folder / "train" / f"train{c}" / "00.png", colour=(255, 255, 255))
-        picture(folder / "test" / f"test{c}" / "00.png", colour=(200, 0, 0))
+        picture(folder / "test" / f"test{c}" / "00.png", colour=(0, 0, 0))
     fails(
-        capsys, lambda: prepare("mine", 8, tmp_path / "root", tmp_path / "c"), "5 more of 36", "single colour"
+        capsys, lambda: prepare("mine", 8, tmp_path / "root", tmp_path / "c"), "5 more of 36", "single value"
     )
     assert not list((tmp_path / "c").iterdir())
 
