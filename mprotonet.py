@@ -134,7 +134,7 @@ def forward(params, x, stats=None):
     for l in LAYERS:
         x, moments = conv_norm(params, l, x, stats[l - 1] if stats else None)
         used.append(moments)
-        if f"film{l}.scale" in params:  # KML's Eq. 3, where eta = 1 + scale; after BatchNorm (C)
+        if f"film{l}.scale" in params:  # KML's Eq. 3, eta = 1 + scale; after BatchNorm, see mmaml.py
             scale, shift = params[f"film{l}.scale"], params[f"film{l}.shift"]
             x = x * (1 + scale[:, None, None]) + shift[:, None, None]
         x = F.relu(x)
