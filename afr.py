@@ -58,7 +58,12 @@ from data import (
 )
 
 KINDS = ("classification", "depth", "normals", "vanishing")  # high-level tasks
-METHODS = {("maml", "none"): "MAML", ("anil", "none"): "ANIL", ("anil", "am"): "AM", ("anil", "pam"): "P-AM"}
+METHODS = {
+    ("maml", "none"): "MAML",
+    ("anil", "none"): "ANIL",
+    ("anil", "am"): "AM",
+    ("anil", "pam"): "P-AM",
+}
 PARTS = ("backbone", "head", "attention")  # of the parameters
 PROTOCOLS = {
     "paper": "BatchNorm statistics of the query images together, as in the papers' numbers",
@@ -90,8 +95,10 @@ class MetaTasks:
         self.contents = {}  # of each mode: a hash of its images
         folders = []
         for kind in args.tasks:
-            sampler = Episodes.of(args, split) if kind == "classification" else Scenes(kind, args, split)
-            if kind != "classification":
+            if kind == "classification":
+                sampler = Episodes.of(args, split)
+            else:
+                sampler = Scenes(kind, args, split)
                 self.domains[kind] = len(sampler.counts)
             self.samplers.append(sampler)
             folders += sampler.folders
@@ -105,7 +112,8 @@ class MetaTasks:
 
     def sha256(self, count):
         """A hash of the first `count` tasks; for a single high-level task, its sampler's hash."""
-        hashes = [sampler.sha256(count // len(self.samplers)) for sampler in self.samplers]
+        share = count // len(self.samplers)
+        hashes = [sampler.sha256(share) for sampler in self.samplers]
         if len(hashes) == 1:
             return hashes[0]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
@@ -156,7 +164,8 @@ def embed(params, x, norm, w=None):
     a block have in common, so only ratios of 1 - w count. (No block follows the last one.)
     """
     for l in (1, 2, 3, 4):
-        x = norm(params, f"norm{l}", conv(params, f"conv{l}", x))
+        x = conv(params, f"conv{l}", x)
+        x = norm(params, f"norm{l}", x)
         x = F.relu(F.max_pool2d(x, 2))  # pooled first, so that ReLU sees a quarter of the numbers
         if w is not None:
             x = x * (1 - w[l - 1])[:, None, None]
@@ -170,8 +179,9 @@ def predict(params, kind, x, args):
     for i, halvings in enumerate((3, 2, 1, 0), 1):  # back up the sizes that the backbone went down
         W, b = params[f"head.{kind}.up{i}.weight"], params[f"head.{kind}.up{i}.bias"]
         odd = (args.image_size >> halvings) - 2 * x.shape[-1]  # 1 if pooling dropped a row, else 0
-        x = F.conv_transpose2d(x, W, b, stride=2, output_padding=odd).to(W.dtype)
-        x = conv(params, f"head.{kind}.conv{i}", F.leaky_relu(x, 0.1))
+        x = F.conv_transpose2d(x, W, b, stride=2, output_padding=odd)
+        x = F.leaky_relu(x.to(W.dtype), 0.1)
+        x = conv(params, f"head.{kind}.conv{i}", x)
         if halvings:
             x = F.leaky_relu(x, 0.1)
     return x
@@ -186,8 +196,8 @@ def label_vectors(params, kind, y, args):
         return y
     y = y.clamp(min=0)  # -1 means not known
     for i in (1, 2, 3):
-        y = F.leaky_relu(conv(params, f"attention.{kind}.label{i}", y), 0.1)
-        y = F.max_pool2d(y, 2)
+        y = conv(params, f"attention.{kind}.label{i}", y)
+        y = F.max_pool2d(F.leaky_relu(y, 0.1), 2)
     return y.mean((2, 3))
 
 
@@ -207,16 +217,22 @@ def attention(params, kind, x, y, args):
         k = linear(params, f"{name}.block{i}.key", tokens)
         v = linear(params, f"{name}.block{i}.value", tokens)
         with torch.autocast(x.device.type, enabled=False):
-            shares = (q @ k.T / math.sqrt(k.shape[1])).softmax(1)  # (n, n)
-            tokens = F.relu(shares @ v)  # (n, width)
-    return linear(params, f"{name}.out", tokens.mean(0)).view(-1, 4, args.filters)
+            scores = q @ k.T / math.sqrt(args.attention_width)  # (n, n)
+            tokens = F.relu(scores.softmax(1) @ v)  # (n, width)
+    w = linear(params, f"{name}.out", tokens.mean(0))
+    return w.view(-1, 4, args.filters)
 
 
 def group(params, name):
     """One part of all parameters: "backbone" (Phi), "head" (theta) or "attention" (Psi)."""
-    if name == "backbone":
-        return {k: w for k, w in params.items() if not k.startswith(("head.", "attention."))}
-    return {k.removeprefix(f"{name}."): w for k, w in params.items() if k.startswith(f"{name}.")}
+    found = {}
+    for key, w in params.items():
+        first, _, rest = key.partition(".")
+        if first == name:
+            found[rest] = w
+        elif name == "backbone" and first not in ("head", "attention"):
+            found[key] = w
+    return found
 
 
 class Draw:
@@ -236,13 +252,15 @@ class Draw:
 
     def xavier(self, name, *shape):
         """Uniform by Xavier's rule, zero bias."""
-        self.params[f"{name}.weight"] = torch.nn.init.xavier_uniform_(torch.empty(shape), generator=self.rng)
+        weight = torch.empty(shape)
+        self.params[f"{name}.weight"] = torch.nn.init.xavier_uniform_(weight, generator=self.rng)
         self.params[f"{name}.bias"] = torch.zeros(shape[0])
 
     def he(self, name, *shape, inputs=None, outputs=None):
         """Normal with variance 2 / inputs, zero bias."""
-        std = math.sqrt(2 / (inputs or math.prod(shape[1:])))
-        self.params[f"{name}.weight"] = std * torch.randn(shape, generator=self.rng)
+        inputs = inputs or math.prod(shape[1:])
+        weight = torch.randn(shape, generator=self.rng)
+        self.params[f"{name}.weight"] = math.sqrt(2 / inputs) * weight
         self.params[f"{name}.bias"] = torch.zeros(outputs or shape[0])
 
     def start_small(self, name, scale):
@@ -295,7 +313,8 @@ def init_attention(draw, kind, args):
     maps = 4 * args.filters
     bias = torch.zeros(maps)
     if args.modulation == "pam":  # a deviation of 0.1
-        bias = torch.cat([bias, torch.full((maps,), math.log(0.1))])
+        log_deviation = torch.full((maps,), math.log(0.1))
+        bias = torch.cat([bias, log_deviation])
     draw.params[f"{name}.out.bias"] = bias
     if args.embed == "constant":
         return
@@ -327,10 +346,11 @@ def criterion(kind, outputs, y):
 
 def gaussian_kl(q, p):
     """KL[q || p] of Gaussians with independent entries, each given as mean and log deviation (2, ...)."""
-    m, s = q
-    n, t = p
-    spread = (2 * s).exp() + (m - n).square()
-    return (t - s + spread / (2 * (2 * t).exp()) - 0.5).sum()
+    mean_q, log_q = q
+    mean_p, log_p = p
+    spread = (2 * log_q).exp() + (mean_q - mean_p).square()
+    variance_p = (2 * log_p).exp()
+    return (log_p - log_q + spread / (2 * variance_p) - 0.5).sum()
 
 
 def adapt(params, task, args, kind, w=None):
@@ -350,11 +370,13 @@ def adapt(params, task, args, kind, w=None):
 
     for _ in range(args.steps):
         gradient = torch.func.grad(support_loss)(adapted)
+        stepped = {}
         for key, g in gradient.items():
             if args.first_order:
                 g = g.detach()
             g = g.clamp(-args.inner_clip, args.inner_clip)
-            adapted = adapted | {key: adapted[key] - alpha * g}
+            stepped[key] = adapted[key] - alpha * g
+        adapted = stepped
     return params | adapted, x
 
 
@@ -372,7 +394,9 @@ def task_loss(params, task, args, kind, epsilon=None):
     """
 
     def inner(params, w=None):
-        return adapt(params, task, args, kind, w) if kind == "classification" else (params, None)
+        if kind == "classification":
+            return adapt(params, task, args, kind, w)
+        return params, None
 
     weight = args.loss_weights[args.tasks.index(kind)]
     adapted, x = inner(params)  # theta'; x = f(I), (N*K, C, s, s)
@@ -385,8 +409,9 @@ def task_loss(params, task, args, kind, epsilon=None):
     kl = 0.0
     psi = {k: value for k, value in params.items() if k.startswith("attention.")}
     only_psi = {k: value.detach() for k, value in params.items()} | psi  # the rest is held constant
-    x = embed(only_psi, task.support_x, Norm()) if x is None else x.detach()
-    prior = attention(params, kind, x, task.support_y, args)  # w = h(x, y), or p(z)
+    if x is None:
+        x = embed(only_psi, task.support_x, Norm())
+    prior = attention(params, kind, x.detach(), task.support_y, args)  # w = h(x, y), or p(z)
     w = prior[0]  # (B, C)
     if args.modulation == "pam":
         posterior = attention(params, kind, query.detach(), task.query_y, args)  # q(z)
@@ -436,8 +461,11 @@ def nil(x, query, y, args):
 
 
 def measures(kind, outputs, y):
-    """Measures of `outputs`: one tensor in training; in testing one for each protocol, then NIL's. Classification: the
-    accuracy of each, in %. Regression: the share within 1e-3 of the label, in %, and in testing 1000 x the squared error."""
+    """Measure query outputs: in training one tensor of them; in testing one for each protocol, then NIL's.
+
+    Classification: the accuracy of each, in %. Regression: the share within 1e-3 of the label, in %; in testing also 1000
+    times the squared error of each.
+    """
     if kind == "classification":
         correct = [(x.argmax(-1) == y).float() for x in outputs]
         return [100 * x.mean() for x in correct]
@@ -445,7 +473,8 @@ def measures(kind, outputs, y):
     found = []
     for x in outputs:
         within = ((x - y).abs() <= 1e-3) & known
-        found.append(100 * within.sum() / known.sum().clamp(min=1))
+        count = known.sum().clamp(min=1)
+        found.append(100 * within.sum() / count)
     if len(outputs) > 1:
         found += [1000 * criterion(kind, x, y) for x in outputs]
     return found
@@ -543,15 +572,17 @@ def evaluate(params, episodes, count, args):
         with torch.no_grad():
             _, rows = run_tasks(params, batches, args, args.device != "cpu", evaluate=True)
         found.append(rows)
-    return torch.cat(found).T.double().cpu().numpy().round(4)
+    columns = torch.cat(found).double().cpu().numpy()
+    return columns.T.round(4)
 
 
 def units(scores, domains):
     """Independent scores for an interval: the tasks'; or the domains' means, because tasks of one domain share images."""
     if domains <= 1:
         return scores
-    first = range(min(domains, len(scores)))
-    return np.array([scores[d::domains].mean() for d in first])
+    drawn = range(min(domains, len(scores)))
+    means = [scores[d::domains].mean() for d in drawn]
+    return np.array(means)
 
 
 def summary(per_task, modes, domains):
@@ -563,12 +594,16 @@ def summary(per_task, modes, domains):
     found = {"overall": None}
     means, variances = [], []
     for m, mode in enumerate(modes):
-        x = units(per_task[m :: len(modes)], domains.get(mode, 0))
-        wider = student(len(x)) / 1.96 if domains.get(mode, 0) > 1 else 1.0
+        count = domains.get(mode, 0)
+        x = units(per_task[m :: len(modes)], count)
+        wider = 1.0
+        if count > 1:
+            wider = student(len(x)) / 1.96
         means.append(x.mean())
         variances.append(wider**2 * x.var(ddof=1) / len(x))
         found[mode] = interval(means[-1], variances[-1])
-    found["overall"] = interval(np.mean(means), sum(variances) / len(modes) ** 2)
+    variance = sum(variances) / len(modes) ** 2
+    found["overall"] = interval(np.mean(means), variance)
     return found
 
 
@@ -603,13 +638,17 @@ def backbone_gradients(params, batches, args, epsilon):
     """How hard each high-level task pulls at the shared backbone -> {task: gradient norm there}. Overwrites .grad."""
     found = {}
     for j, kind in enumerate(args.tasks):
-        only = {"tasks": [kind], "alpha": [args.alpha[j]]}
-        only["loss_weights"] = [args.loss_weights[j]]
+        only = {
+            "tasks": [kind],
+            "alpha": [args.alpha[j]],
+            "loss_weights": [args.loss_weights[j]],
+        }
         alone = argparse.Namespace(**vars(args) | only)
         noise = epsilon if epsilon is None else epsilon[:, j : j + 1]
         for w in params.values():
             w.grad = None
-        run_tasks(params, batches[j : j + 1], alone, args.device != "cpu", epsilon=noise)
+        batch = batches[j : j + 1]
+        run_tasks(params, batch, alone, args.device != "cpu", epsilon=noise)
         found[kind] = gradient_norm(params, "backbone")
     return found
 
@@ -654,16 +693,24 @@ def log(params, batches, epsilon, args, run, validate):
     turn = run.turns(losses.shape, len(args.strata))
     each, shown = {}, {}
     for m in turn.unique():  # a short stretch may lack a mode
-        each[args.strata[m]] = losses[turn == m].mean().item()
-        shown[args.strata[m]] = found[turn == m].mean().item()
+        name = args.strata[m]
+        each[name] = losses[turn == m].mean().item()
+        shown[name] = found[turn == m].mean().item()
     norms = {part: gradient_norm(params, part) for part in PARTS}
     balance = {}
     if len(args.tasks) > 1:
         balance = backbone_gradients(params, batches, args, epsilon)
     loss = losses.mean().item()
-    values = {"loss": loss, "losses": each, "accuracy": shown, "backbone_gradient": balance}
-    values |= {"gradient_norm": norms, "synthetic": args.synthetic}
-    bar = {"loss": f"{loss:.3f}"} | {name: f"{x:.1f}%" for name, x in shown.items()}
+    values = {
+        "loss": loss,
+        "losses": each,
+        "accuracy": shown,
+        "backbone_gradient": balance,
+        "gradient_norm": norms,
+        "synthetic": args.synthetic,
+    }
+    bar = {"loss": f"{loss:.3f}"}
+    bar |= {name: f"{x:.1f}%" for name, x in shown.items()}
     if balance:
         bar["backbone gradients"] = " ".join(f"{x:.2g}" for x in balance.values())
     run.log(values, bar, validate)
@@ -674,13 +721,20 @@ def transfer(params, args):
     found = {}
     for mode in args.transfer:
         i = args.tasks.index("classification")
-        alpha = args.alpha[i : i + 1]
-        only = {"modes": [mode], "strata": [mode], "tasks": ["classification"], "alpha": alpha}
+        only = {
+            "modes": [mode],
+            "strata": [mode],
+            "tasks": ["classification"],
+            "alpha": [args.alpha[i]],
+        }
         other = argparse.Namespace(**vars(args) | only)
         test = MetaTasks(other, "test")
         rows = evaluate(params, test, args.test_tasks, other)
-        scores = dict(zip(PER_TASK, rows.tolist()))
-        found[mode] = made_of(test, other) | measured(rows, other, test) | scores
+        found[mode] = {
+            **made_of(test, other),
+            **measured(rows, other, test),
+            **dict(zip(PER_TASK, rows.tolist())),
+        }
     return found
 
 

@@ -76,11 +76,19 @@ class Episodes:
     @classmethod
     def of(cls, args, split):
         """Episodes as the flags of a script describe them; only training depends on the seed."""
-        task = args.ways, args.shots, args.queries, args.image_size
-        seed = args.seed if split == "train" else None
-        where = args.device, args.data_root, args.cache_dir, args.synthetic
         return cls(
-            args.modes, split, *task, seed, *where, allow_shared=vars(args).get("allow_shared_classes", False)
+            modes=args.modes,
+            split=split,
+            ways=args.ways,
+            shots=args.shots,
+            queries=args.queries,
+            image_size=args.image_size,
+            seed=args.seed if split == "train" else None,
+            device=args.device,
+            root=args.data_root,
+            cache_dir=args.cache_dir,
+            synthetic=args.synthetic,
+            allow_shared=vars(args).get("allow_shared_classes", False),
         )
 
     def open(self, mode, folder):
@@ -89,7 +97,8 @@ class Episodes:
         check_enough(f"{mode}/{self.split}", classes, self.ways, self.shots, self.queries)
         pixels = pixels.to(self.device)  # on the CPU they stay on disk, paged in as needed
         if mode == "omniglot" and self.device.type != "cpu":  # keep all four turns
-            pixels = torch.cat([torch.rot90(pixels, quarter, (1, 2)) for quarter in range(4)])
+            turned = [torch.rot90(pixels, quarter, (1, 2)) for quarter in range(4)]
+            pixels = torch.cat(turned)
         counts = np.array([count for _, count in classes])
         self.images.append(pixels)
         self.folders.append(folder.name)
@@ -98,65 +107,89 @@ class Episodes:
         self.counts.append(counts)
         self.offsets.append(np.cumsum(counts) - counts)
 
-    def draw(self, m, block):
-        """Draw the 256 tasks of a block of mode m -> classes (256, N), images (256, N, K+Q), turns (256, N)."""
-        name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
+    def draw(self, m, number):
+        """Draw block `number` of mode m: 256 tasks -> classes (256, N), images (256, N, K+Q), turns (256, N).
+
+        An image is a number below the size of its class; a turn is a number of quarters, which only Omniglot uses.
+        """
         T, N = self.BLOCK, self.ways
         k = self.shots + self.queries
-        u = uniform(name, block, T * N * (k + 2))
-        u_class, u_image, u_turn = np.split(u, [T * N, T * N * (1 + k)])
-        counts = self.counts[m]
-        classes = distinct(u_class.reshape(T, N), np.full(T, len(counts)))
-        images = distinct(u_image.reshape(T * N, k), counts[classes.reshape(-1)])
+        slots = T * N  # each holds a class
+        name = f"{self.modes[m]} {self.split} {self.ways} {self.shots} {self.queries} {self.seed}"
+        u = uniform(name, number, slots * (1 + k + 1))  # a slot's class, images and turn
+        u_class, u_image, u_turn = np.split(u, [slots, slots + slots * k])
+
+        counts = self.counts[m]  # images of each class
+        class_counts = np.full(T, len(counts))
+        classes = distinct(u_class.reshape(T, N), class_counts)
+        image_counts = counts[classes.reshape(slots)]
+        images = distinct(u_image.reshape(slots, k), image_counts)
         turns = (4 * u_turn).astype(np.int64)
         return classes, images.reshape(T, N, k), turns.reshape(T, N)
 
-    def indices(self, m, first, count):
-        """Tasks first .. first + count - 1 of mode m -> the arrays of `draw`, and the rows (count, N, K+Q) of their images.
+    def block(self, m, number):
+        """What `draw` returns, and the rows (256, N, K+Q) of the images, on the device; drawn once, then kept.
 
-        Rows are on the device. Omniglot has 4 n rows for its n images: row r + turn * n is image r, turned.
+        Omniglot has 4 n rows for its n images: row r + turn * n is image r, turned.
         """
-        blocks = range(first // self.BLOCK, (first + count - 1) // self.BLOCK + 1)
-        for key in list(self.drawn):
-            if key[0] == m and key[1] not in blocks:
+        if (m, number) in self.drawn:
+            return self.drawn[m, number]
+        classes, images, turns = self.draw(m, number)
+        offsets = self.offsets[m][classes]
+        rows = offsets[..., None] + images
+        if self.modes[m] == "omniglot":
+            n = self.counts[m].sum()
+            rows += turns[..., None] * n
+        rows = torch.from_numpy(rows).to(self.device)  # makes the host wait: so once per block, not per batch
+        self.drawn[m, number] = classes, images, turns, rows
+        return self.drawn[m, number]
+
+    def indices(self, m, first, count):
+        """Tasks first .. first + count - 1 of mode m -> classes (count, N), images (count, N, K+Q), turns, rows: see `block`."""
+        last = first + count - 1
+        numbers = range(first // self.BLOCK, last // self.BLOCK + 1)
+        for key in list(self.drawn):  # forget what lies behind
+            if key[0] == m and key[1] not in numbers:
                 del self.drawn[key]
-        for block in blocks:
-            if (m, block) not in self.drawn:
-                classes, images, turns = self.draw(m, block)
-                rows = torch.from_numpy(self.offsets[m][classes][..., None] + images)
-                if self.modes[m] == "omniglot":
-                    rows += torch.from_numpy(turns)[..., None] * self.counts[m].sum()
-                rows = rows.to(self.device)  # makes the host wait: so once per block, not per batch
-                self.drawn[m, block] = classes, images, turns, rows
-        start = first - blocks[0] * self.BLOCK
+        blocks = [self.block(m, number) for number in numbers]
+        classes, images, turns, rows = zip(*blocks)
+        start = first % self.BLOCK
         places = slice(start, start + count)
-        *drawn, rows = zip(*(self.drawn[m, block] for block in blocks))
-        arrays = [np.concatenate(parts)[places] for parts in drawn]
+        arrays = [np.concatenate(parts)[places] for parts in (classes, images, turns)]
         return [*arrays, torch.cat(rows)[places]]
 
     def tasks(self, first, count):
         """Draw tasks number first .. first + count - 1 over all modes -> Task with a leading dimension `count`."""
-        N, K, Q = self.ways, self.shots, self.queries
-        S, M = self.size, len(self.modes)
+        N = self.ways
+        K = self.shots
+        Q = self.queries
+        S = self.size
+        M = len(self.modes)
         support = fresh_memory((count, N, K, 3, S, S), self.device)
         query = fresh_memory((count, N, Q, 3, S, S), self.device)
         for m in range(M):
             turn = (m - first) % M  # this mode's first place in the batch
             if turn >= count:
                 continue
-            places = slice(turn, count, M)
-            *_, rows = self.indices(m, (first + turn) // M, len(range(count)[places]))
+            number = (first + turn) // M  # of this mode's first task here
+            share = len(range(turn, count, M))
+            *_, rows = self.indices(m, number, share)
             pixels = self.pixels(m, rows.reshape(-1))
-            pixels = pixels.view(*rows.shape, S, S, -1)  # (tasks, N, K+Q, S, S, C)
-            pixels = pixels.permute(0, 1, 2, 5, 3, 4)
-            support[places] = pixels[:, :, :K]  # to float, C to 3 channels
-            query[places] = pixels[:, :, K:]
+            pixels = pixels.view(share, N, K + Q, S, S, -1)
+            pixels = pixels.permute(0, 1, 2, 5, 3, 4)  # (share, N, K+Q, C, S, S)
+            support[turn::M] = pixels[:, :, :K]  # uint8 to float; the same grey three times if C is 1
+            query[turn::M] = pixels[:, :, K:]
+        support.div_(255)
+        query.div_(255)
         labels = torch.arange(N, device=self.device)
-        support_y = labels.repeat_interleave(K).expand(count, -1)
-        query_y = labels.repeat_interleave(Q).expand(count, -1)
-        support_x = support.div_(255).view(count, N * K, 3, S, S)
-        query_x = query.div_(255).view(count, N * Q, 3, S, S)
-        return Task(support_x, support_y, query_x, query_y, (first + torch.arange(count)) % M)
+        numbers = first + torch.arange(count)
+        return Task(
+            support_x=support.view(count, N * K, 3, S, S),
+            support_y=labels.repeat_interleave(K).expand(count, -1),
+            query_x=query.view(count, N * Q, 3, S, S),
+            query_y=labels.repeat_interleave(Q).expand(count, -1),
+            mode=numbers % M,
+        )
 
     def pixels(self, m, rows):
         """Images (len(rows), S, S, C) of rows of mode m."""
@@ -173,12 +206,17 @@ class Episodes:
 
         There, each of the M modes loads T = `count` tasks, of which T / M are drawn *with replacement*.
         """
-        M, first = len(self.modes), iteration * count
+        M = len(self.modes)
+        first = iteration * count
         rng = torch.Generator().manual_seed(1_000_003 * self.seed + iteration)
         drawn = torch.randint(count, (count,), generator=rng).tolist()
-        numbers = [(first + at) * M + (first + place) % M for place, at in enumerate(drawn)]
-        tasks = [self.tasks(number, 1) for number in numbers]
-        return type(tasks[0])(*map(torch.cat, zip(*tasks)))
+        tasks = []
+        for place, loaded in enumerate(drawn):
+            m = (first + place) % M
+            number = (first + loaded) * M + m  # over all modes: task first + loaded of mode m
+            tasks.append(self.tasks(number, 1))
+        fields = zip(*tasks)
+        return Task(*map(torch.cat, fields))
 
     def sha256(self, count):
         """A hash of the first `count` tasks: modes, names and sizes of their classes, and the indices drawn."""

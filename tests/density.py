@@ -50,7 +50,7 @@ def code_lines(text):
 
 
 def table_lines(tree):
-    """Numbers of the lines of module-level constants, which are tables of data, and of function signatures."""
+    """Numbers of the lines of module-level assignments: tables of data."""
     covered = set()
     for node in tree.body:
         if isinstance(node, ast.Assign):

@@ -80,7 +80,7 @@ def test_the_diff_shows_one_idea():
 
 
 PLAIN = (
-    *("mmaml", "kml", "mprotonet", "afr", "transference"),
+    *("data", "mmaml", "kml", "mprotonet", "afr", "transference"),
     *("modgrad", "modgrad_completion", "modgrad_multishot", "modgrad_rl"),
 )
 
@@ -90,14 +90,14 @@ def test_scripts_are_not_dense(script):
     """One statement, one line, one idea: measured by tokens, which long lines cannot hide."""
     text = (HERE / f"{script}.py").read_text()
     found = density.measure(text)
-    assert found["per_line"] <= (11 if script == "kml" else 12), found
+    assert found["per_line"] <= 11, found
     assert found["longest"][0] <= 40, found
     assert found["nesting"][0] <= 3, found
     assert not density.oddities(text), density.oddities(text)
 
 
 def test_files_can_be_read_in_one_sitting():
-    """No file is longer than 900 lines; data.py, which all scripts share, 200."""
+    """No file is longer than 1,000 lines; data.py, which all scripts share, 240."""
     for path in [
         *HERE.glob("*.py"),
         *HERE.glob("fewshot/*.py"),
@@ -105,7 +105,7 @@ def test_files_can_be_read_in_one_sitting():
         *HERE.glob("tests/*.py"),
     ]:
         lines = len(path.read_text().splitlines())
-        assert lines <= (200 if path.name == "data.py" else 900), path
+        assert lines <= (240 if path.name == "data.py" else 1000), path
 
 
 def test_arrows_point_one_way():
