@@ -148,7 +148,7 @@ class Episodes:
         """Tasks first .. first + count - 1 of mode m -> classes (count, N), images (count, N, K+Q), turns, rows: see `block`."""
         last = first + count - 1
         numbers = range(first // self.BLOCK, last // self.BLOCK + 1)
-        for key in list(self.drawn):  # forget what lies behind
+        for key in list(self.drawn):  # keep only the blocks needed now
             if key[0] == m and key[1] not in numbers:
                 del self.drawn[key]
         blocks = [self.block(m, number) for number in numbers]

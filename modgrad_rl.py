@@ -649,9 +649,10 @@ def train(params, world, args, run):
         params, step, gradient = trpo_step(params, lived, args)
 
         gained = [returns(rollouts).mean() for rollouts in lived]
-        run.observe([float(x) for x in (*gained, *step.values())])
+        measured = [float(x) for x in (*gained, *step.values())]
+        run.observe(torch.tensor(measured, dtype=torch.float64))
         if run.log_now():
-            means = np.mean(run.window, 0).tolist()
+            means = run.observed().numpy().mean(0).tolist()
             updates = args.updates + 1
             shown = " -> ".join(f"{x:.1f}" for x in means[:updates])
             values = {

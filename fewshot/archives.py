@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ CACHE_FORMAT = 1  # raise when the decoded pixels would change
 LARGEST = 1 << 30  # bytes of one file in an archive: what says to be larger is there to fill the memory
 READ_ERRORS = (
     *(OSError, EOFError, KeyError, RuntimeError, NotImplementedError, ValueError),
-    *(zlib.error, tarfile.TarError, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile),
 )
 
 
@@ -91,12 +92,15 @@ class Archive:
         return os.path.getsize(self.path.parent / name)
 
     def find(self, ending):
-        """The file whose path ends so, in whatever folders it lies; of several, that of the shortest path."""
+        """The name of the file whose path ends in `ending`; of several, the shortest. Exits if there is none."""
         found = [name for name in self.names if f"/{name}".endswith(f"/{ending}") and not is_junk(name)]
         return min(found, key=len) if found else fail(f"{self.path}: lacks {ending}: {self.remedy}")
 
     def check(self, what, found, wanted):
-        """A split is a rule over all classes: of an incomplete archive it would silently be another split."""
+        """Exit if the archive holds another number of `what` than published.
+
+        A split is a rule over all classes, so that of an incomplete archive would silently be another one.
+        """
         if found != wanted:
             fail(
                 f"{self.path}: holds {found} of {wanted} {what}, so the split would be another one: {self.remedy}"

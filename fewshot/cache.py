@@ -331,7 +331,7 @@ def prepare(mode, size, root="data", cache_dir=".cache", synthetic=False, allow_
         source = fetch(mode, root)
     importer, paths = source
     if importer is import_class_folders and (found := depth_folders(paths)):
-        return prepare_depth_folders(mode, size, paths, found, cache_dir)
+        return checked(prepare_depth_folders(mode, size, paths, found, cache_dir), allow_shared)
     folder = cache_dir / f"{shortened(mode)}-{size}-{fingerprint(paths)}"
     if store.needs_building(folder):
         # The lowest 20 pixels of each published Aircraft photograph are its copyright banner.
@@ -377,11 +377,15 @@ def fetch(mode, root):
     files, terms = DOWNLOADS[mode]
     missing = parts_missing(mode, root)
     remedy = "Put the file there by hand, or add --synthetic to go on without it"
+    places = [*(Path(root) / name for name in mode_folders(mode, root)), Path(root)]
+    names = [name for alternatives in LAYOUTS[mode].files for name in alternatives]
+    beside = [place for place in places if first_that_exists(place, names)]
+    home = [*beside, Path(root) / mode][0]  # all parts must lie in one folder
     for file_name, md5, urls in files:
-        places = [Path(root) / mode / file_name, Path(root) / file_name]
-        if any(place.exists() for place in places):
+        alternatives = next((names for names in LAYOUTS[mode].files if file_name in names), [file_name])
+        if first_that_exists(home, alternatives):
             continue
-        problems = download(file_name, md5, urls, Path(root) / mode)
+        problems = download(file_name, md5, urls, home)
         if problems and missing:
             fail(f"{mode} ({terms}): {missing}; download failed: {'; '.join(problems)}. {remedy}")
         if problems:

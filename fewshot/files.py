@@ -87,7 +87,7 @@ def steady_output():
 def one_line(kind, error, trace):
     """Show an exception that nobody caught: Ctrl-C and files that cannot be used in one line, the rest in full."""
     if issubclass(kind, KeyboardInterrupt):
-        print("\ninterrupted; the same command begins where the last checkpoint was written", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is already on the disk", file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
         name = Path(sys.argv[0]).name
         print(

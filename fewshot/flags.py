@@ -175,7 +175,7 @@ def complete(args, defaults, data, shown, named, least=None):
         name = "-".join([args.method, *sets, *words])
         args.out = os.path.join("runs", shortened(name.lower()))
     elif not args.out:
-        fail("--out is empty: name a folder, or leave --out away")
+        fail("--out is empty: name a folder, or leave --out out")
     args.changed = list(changed)
     args.variant = []
     for key, value in changed.items():

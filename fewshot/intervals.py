@@ -36,5 +36,5 @@ STUDENT = (
 
 
 def student(n):
-    """Half a 95 % interval of the mean of n independent values, in standard errors: Student's t; 1.96, of many, from n = 32 on."""
+    """Half the width of a 95 % interval of the mean of n >= 2 values, in standard errors: Student's t; 1.96 from n = 32 on."""
     return STUDENT[n - 2] if 2 <= n < 32 else 1.96

@@ -9,6 +9,7 @@ from fewshot.files import fail
 from fewshot.published import LAYOUTS, SPLITS, split_of
 
 ALIASES = {"cifar": "fc100", "bird": "cub"}  # the names the released KML code uses
+RESERVED = ("overall", "loss")  # stand beside modes' names in reports
 LONGEST = 120  # bytes of a mode's name, and of one part of a run's name: file systems allow 255 for all of it
 
 
@@ -108,6 +109,8 @@ def plain_name(text, root):
         fail(
             f"--modes {text}: a mode is a folder's name, not a path: give --data-root {place} and the name {last}"
         )
+    if name.lower() in RESERVED:
+        fail(f"--modes {text}: reports use this name for something else: rename the folder")
     if len(os.fsencode(name)) > LONGEST:
         fail(f"--modes {text[:40]}...: the name is longer than {LONGEST} bytes: rename the folder")
     return name

@@ -26,7 +26,7 @@ def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us
         if quota > 0:
             allowed = min(allowed, quota // period)
     share = os.environ.get("FEWSHOT_CORES", "")
-    if share.isdigit():
+    if share.isdecimal():
         allowed = min(allowed, int(share))
     return max(1, allowed)
 
@@ -57,7 +57,7 @@ def fresh_memory(shape, device):
 
 
 def recorded(function, params):
-    """Make function(batch) wait for Python no more: record its kernels as a CUDA graph, and replay them.
+    """Record the kernels of function(batch) as a CUDA graph and replay them, so that the GPU no longer waits for Python.
 
     function: sets the gradients of `params`, a dict of tensors, and returns a tuple of tensors. Recording happens at the
     first batch; each call copies its batch to where the graph reads. All batches must have the shapes of the first. What

@@ -1,10 +1,13 @@
 """Figures. Matplotlib is imported only when one is drawn, because nothing else needs it."""
 
 import importlib.util
+import io
 import textwrap
 
 import numpy as np
 import torch
+
+from fewshot.files import atomic_write
 
 
 def installed():
@@ -25,6 +28,7 @@ def pyplot():
 def run_curves(lines, title, file):
     """Draw what a run logged against iterations: its loss; and accuracy per mode, or returns, with validation as dots.
 
+    (Not of image completion, which has an error in place of an accuracy.)
     lines: of log.jsonl, as dicts. file: where the PNG goes, a path or an open file.
     """
     plt = pyplot()
@@ -46,7 +50,8 @@ def run_curves(lines, title, file):
         axis.grid(alpha=0.3)
     if right.get_lines():
         figure.legend(fontsize="small", loc="outside right center")
-    figure.suptitle("\n".join(textwrap.wrap(title, 120)), fontsize="medium")
+    plain = title.replace("$", r"\$")  # a mode's name is no formula
+    figure.suptitle("\n".join(textwrap.wrap(plain, 120)), fontsize="medium")
     figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
@@ -85,7 +90,12 @@ def validation_of(lines):
     found = {}
     for line in lines:
         measured = line.get("validation", {})
-        measured = measured.get("paper", measured.get("accuracy", {}))
+        if isinstance(measured, list):  # of reinforcement learning: returns before and after each update
+            measured = {"before adapting": measured[0], "after adapting": measured[-1]}
+        else:
+            measured = measured.get("paper", measured.get("accuracy", {}))
+        if isinstance(measured.get("mean"), float):  # one summary, not one per mode
+            measured = {"training tasks": measured}
         for name, value in measured.items():
             if isinstance(value, dict) and isinstance(value.get("mean"), float):
                 iterations, means = found.setdefault(name, ([], []))
@@ -143,8 +153,7 @@ def panels(rows, file):
         axis.imshow(picture.numpy())
         axis.set_title(title, fontsize="small")
         axis.axis("off")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    write_figure(figure, file)
 
 
 def curves(along, file, about):
@@ -169,7 +178,13 @@ def curves(along, file, about):
 
 def save_figure(figure, file, about, width):
     """Give a figure its title, broken into lines of `width` letters, and write it."""
-    plt = pyplot()
     figure.suptitle(textwrap.fill(about, width), fontsize="medium")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    write_figure(figure, file)
+
+
+def write_figure(figure, file):
+    """Write a figure as PNG, whole or not at all, and forget it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    pyplot().close(figure)
+    atomic_write(file, content.getvalue())

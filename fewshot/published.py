@@ -170,6 +170,7 @@ def import_miniimagenet_pickles(paths):
             fail(
                 f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again"
             )
+        check_miniimagenet(path, split, splits[split])
     return splits
 
 
@@ -185,13 +186,29 @@ def import_miniimagenet_images(paths):
                 fail(
                     f"{table}: does not begin with the line filename,label: fetch Ravi and Larochelle's table again"
                 )
+            rows = list(rows)
+            if any(None in row.values() for row in rows):
+                fail(f"{table}: a line has no label: fetch Ravi and Larochelle's table again")
             for row in sorted(rows, key=lambda row: (row["label"], row["filename"])):
                 if row["filename"] not in by_name:
                     fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: {archive.remedy}")
                 splits.setdefault(split, {}).setdefault(row["label"], []).append(
                     (archive, by_name[row["filename"]])
                 )
+        check_miniimagenet(table, split, splits.get(split, {}))
     return splits
+
+
+def check_miniimagenet(path, split, classes):
+    """Exit if a split lacks classes or images, as an incomplete copy would: the split would be another one."""
+    wanted = len(MINIIMAGENET[split])
+    images = sum(map(len, classes.values()))
+    most = max(map(len, classes.values()), default=0)  # 600, as published; here as many for each class
+    for what, found, whole in (("classes", len(classes), wanted), ("images", images, wanted * most)):
+        if found != whole:
+            fail(
+                f"{path}: holds {found} of {whole} {what}, so the split would be another one: fetch it again"
+            )
 
 
 def cifar_pickle(archive, name, keys):
@@ -204,7 +221,7 @@ def cifar_pickle(archive, name, keys):
 
 
 def import_fc100(paths):
-    """cifar-100-python: pickles `train` and `test` (merged: 600 images a class) and `meta`; split by superclass."""
+    """cifar-100-python: pickles `train` and `test` (merged: 600 images per class) and `meta`; split by superclass."""
     archive = Archive(paths[0])
     meta = cifar_pickle(archive, "meta", ["fine_label_names"])
     fine_names = [
@@ -214,7 +231,13 @@ def import_fc100(paths):
     superclasses = set()
     for part in ("train", "test"):
         content = cifar_pickle(archive, part, ["data", "fine_labels", "coarse_labels"])
-        pixels = Pixels(archive.path, content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        try:
+            planes = content["data"].reshape(-1, 3, 32, 32)
+        except (ValueError, AttributeError):
+            fail(
+                f"{archive.path}: {part} holds no images of 32 pixels: not the published CIFAR-100; {archive.remedy}"
+            )
+        pixels = Pixels(archive.path, planes.transpose(0, 2, 3, 1))
         for row, (fine, coarse) in enumerate(zip(content["fine_labels"], content["coarse_labels"])):
             superclasses.add(coarse)
             split = next((s for s in FC100 if coarse in FC100[s]), "train")
@@ -269,7 +292,7 @@ def import_aircraft(paths):
 
 
 def import_celeba(paths):
-    """img_align_celeba/*.jpg with list_eval_partition.txt (a line an image: name, 0 train 1 val 2 test). Of one class: faces."""
+    """img_align_celeba/*.jpg with list_eval_partition.txt (one line per image: name, 0 train 1 val 2 test). Of one class: faces."""
     archive, table = Archive(paths[0]), paths[1]
     by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
     splits = {split: {"all": []} for split in SPLITS}

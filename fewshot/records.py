@@ -46,7 +46,7 @@ def check_fields(checkpoint):
 
 
 def differing(params, initial):
-    """In what the parameters of a checkpoint are not of the network's shapes -> one phrase, or ""."""
+    """Say how a checkpoint's parameters differ from the network's in name, shape or dtype -> one phrase, or ""."""
     if params.keys() != initial.keys():
         return f"{', '.join(sorted(params.keys() ^ initial.keys())[:3])} is in the checkpoint alone, or missing in it"
     for key, w in params.items():
@@ -58,7 +58,10 @@ def differing(params, initial):
 
 
 def wrong_state(state, fresh, shapes, moments):
-    """In what an optimizer's state does not fit its parameters -> one phrase, or "". PyTorch itself compares sizes of groups only."""
+    """Say how an optimizer's state does not fit its parameters -> one phrase, or "".
+
+    PyTorch itself compares the sizes of groups only.
+    """
     try:
         if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
             return "the optimizer has another number of parameters"

@@ -88,6 +88,7 @@ class Run:
         self.seconds = 0.0  # of training
         self.window = []  # what iterations observed since the last log line
         self.stopped_by = None
+        self.over = False  # set by `save` alone: a signal that comes after it counts in the next iteration
         if self.checkpoint:
             self.done = self.checkpoint["iteration"]
             self.seconds = self.checkpoint["seconds"]
@@ -141,7 +142,7 @@ class Run:
         self.begun = time.perf_counter()
         try:
             with tqdm(total=args.iterations, initial=first, desc=args.title, disable=None) as self.bar:
-                while not self.ending:
+                while not self.over:
                     yield self.done
                     self.bar.update()
                     if self.done - first == self.estimate_after:
@@ -197,7 +198,7 @@ class Run:
         return torch.stack([x.cpu() for x in self.window])
 
     def turns(self, shape, count):
-        """The mode, from 0 to `count` - 1, that each value of `observed` is of, where modes take turns -> tensor of `shape`."""
+        """The mode (0 to `count` - 1) of each value in `observed`, where modes take turns -> tensor of `shape`."""
         tasks = shape[1]
         first = self.done - shape[0]
         return torch.arange(first * tasks, self.done * tasks).view(shape) % count
@@ -219,7 +220,7 @@ class Run:
         self.lines.append(json.dumps(line))
         atomic_write(self.folder / "log.jsonl", "\n".join(self.lines) + "\n")
         self.window = []
-        self.bar.set_postfix(**shown)
+        self.bar.set_postfix(shown)
         if self.bar.disable:  # not a terminal: lines instead of a bar
             print(f"{self.args.title} {self.done}/{self.args.iterations}", self.bar.postfix, flush=True)
 
@@ -248,7 +249,8 @@ class Run:
         args = self.args
         if args.keep_every and self.done % args.keep_every == 0:
             atomic_write(self.folder / f"params-{self.done}.pt", on_cpu(params))
-        if self.done % args.save_every == 0 or self.ending:
+        self.over = self.ending
+        if self.done % args.save_every == 0 or self.over:
             checkpoint = {
                 "identity": identity(args),
                 "data": self.data,

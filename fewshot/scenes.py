@@ -22,7 +22,7 @@ from fewshot.archives import Archive, by_folder, fingerprint
 from fewshot.decode import on_ground, open_image
 from fewshot.draws import Draws, uniform
 from fewshot.files import fail
-from fewshot.published import SPLITS, split_of
+from fewshot.published import SPLITS, check_classes, split_of
 
 SCENES_FORMAT = "7d7fcf89da98"  # change when a drawn pixel would change: caches are named by it
 SCENE_CLASSES = {"train": 32, "val": 16, "test": 16}
@@ -133,9 +133,9 @@ def cast(origin, rays, room, boxes, balls):
     for m in range(balls.shape[1]):
         away, radius = o - balls[:, None, m, :3], balls[:, None, m, 3]
         a, b, c = (rays * rays).sum(-1), (rays * away).sum(-1), (away * away).sum(-1) - radius * radius
-        inside = b * b - a * c
-        t = (-b - np.sqrt(np.maximum(inside, 0))) / a
-        hit = (inside > 0) & (radius > 0) & (t > 0) & (t < nearest)
+        discriminant = b * b - a * c
+        t = (-b - np.sqrt(np.maximum(discriminant, 0))) / a
+        hit = (discriminant > 0) & (radius > 0) & (t > 0) & (t < nearest)
         outwards = (away + t[..., None] * rays) / np.maximum(radius, 1e-9)[..., None]
         nearest, surface = np.where(hit, t, nearest), np.where(hit, THINGS + boxes.shape[1] + m, surface)
         normal = np.where(hit[..., None], outwards, normal)
@@ -317,16 +317,17 @@ def normals_from_depth(depth, focal):
     at = np.arange(S) + 0.5 - S / 2
     points = np.stack([at[None] * depth / focal, at[:, None] * depth / focal, depth], -1)
     normals, known = np.zeros((S, S, 3)), np.zeros((S, S), bool)
-    right, down = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+    right = points[1:-1, 2:] - points[1:-1, :-2]
+    down = points[2:, 1:-1] - points[:-2, 1:-1]
     cross = np.cross(down, right)
     with np.errstate(divide="ignore", invalid="ignore"):
         near = 1 / depth
         normals[1:-1, 1:-1] = cross / np.linalg.norm(cross, axis=-1, keepdims=True)
         middle = near[1:-1, 1:-1]
-        bend = [near[1:-1, 2:] + near[1:-1, :-2] - 2 * middle, near[2:, 1:-1] + near[:-2, 1:-1] - 2 * middle]
-        known[1:-1, 1:-1] = (
-            np.abs(bend).max(0) < 0.02 * middle
-        )  # false where something is infinite or not a number
+        across = near[1:-1, 2:] + near[1:-1, :-2] - 2 * middle
+        along = near[2:, 1:-1] + near[:-2, 1:-1] - 2 * middle
+        bend = np.maximum(np.abs(across), np.abs(along))
+        known[1:-1, 1:-1] = bend < 0.02 * middle  # false where something is infinite or not a number
     known &= np.isfinite(normals).all(-1)
     return np.where(known[..., None], normals, 0), known
 
@@ -337,7 +338,7 @@ def pack(values, known=True):
 
 
 def unpack(packed):
-    """The reverse, on torch tensors -> float32; -1 is: not known."""
+    """Undo `pack`, on a torch tensor -> float32 in [0, 1], and -1 where the value is not known."""
     values = packed.to(torch.int32)
     return torch.where(values == 0, -1.0, (values - 1) / 65534)
 
@@ -406,6 +407,11 @@ def depth_folders(paths):
         by_name = set(archive.names)
         for domain, files in by_folder(archive, archive.image_names()).items():
             photographs = [name for _, name in files if not name.lower().endswith(".png")]
+            if domain in domains and not photographs:
+                fail(
+                    f"{archive.path}: {domain} has a focal.txt, but no photograph (a PNG is a depth image): save its "
+                    "photographs as JPEG"
+                )
             if domain in domains:
                 pairs = [(name, f"{name.rpartition('.')[0]}.png") for name in photographs]
                 for name, depth in pairs:
@@ -441,6 +447,8 @@ def prepare_depth_folders(mode, size, paths, found, cache_dir):
             classes[split] = []
             for domain, pairs in domains.items():
                 classes[split].append([domain.removeprefix(f"{archive.path.stem}/"), len(pairs)])
+        shared = check_classes({split: domains for split, (_, domains) in found.items()})
+        store.write_json(temporary / "shared.json", shared)
         store.write_json(temporary / "classes.json", classes)
     return folder
 
@@ -463,6 +471,8 @@ def photograph_with_depth(archive, name, beside, focal, size):
         image, _ = open_image(archive.read(name))
         image = on_ground(image).convert("RGB")
         depth = Image.open(io.BytesIO(archive.read(beside)), formats=["PNG"])
+        if not depth.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
+            raise ValueError(f"the depth image is of mode {depth.mode}, not of 16 bits")
         depth = Image.fromarray(np.asarray(depth).astype(np.int32))
     except Exception as error:  # noqa: BLE001 (Pillow's decoders raise nearly anything on damaged files)
         fail(f"{archive.path}: {name} or {beside} cannot be decoded ({error}): replace or remove it")

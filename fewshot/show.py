@@ -33,7 +33,7 @@ def show(episodes, number, path, cell=84):
 
 
 def show_scenes(mode, split, size, number, path, root, cache_dir, cell=150, rows=10):
-    """Write a picture: a row for each of the first `rows` domains: its image `number`, depth, normals, vanishing point."""
+    """Write a picture with a row for each of the first `rows` domains: its image `number`, depth, normals, vanishing point."""
     folder = prepare(mode, size, root, cache_dir, mode == "scenes")
     images, depth, normals, domains = (
         np.load(folder / f"{split}{end}.npy") for end in ("", "-depth", "-normals", "-domains")
@@ -43,7 +43,7 @@ def show_scenes(mode, split, size, number, path, root, cache_dir, cell=150, rows
     if (folder / f"{split}-vanishing.npy").exists():
         points = np.load(folder / f"{split}-vanishing.npy")
         heads.append("vanishing point")
-    kinds = kinds_of_domains(folder, split)
+    classes = class_of_each_image(folder, split)
     count = min(rows, domains.max() + 1)
     picture = Image.new("RGB", (len(heads) * (cell + 4), count * (cell + 18) + 34), "white")
     pen = ImageDraw.Draw(picture)
@@ -65,16 +65,16 @@ def show_scenes(mode, split, size, number, path, root, cache_dir, cell=150, rows
         if points is not None:
             left = 3 * (cell + 4) + 2
             cross(pen, left + points[i, 0] * cell, top + points[i, 1] * cell)
-        pen.text((2, top + cell + 1), f"domain {row}, {kinds[i]}", "black")
+        pen.text((2, top + cell + 1), f"domain {row}, image of class {classes[i]}", "black")
     write(picture, path)
 
 
-def kinds_of_domains(folder, split):
-    """The kind of each image's domain, as the cache in `folder` names it -> list."""
-    kinds = []
+def class_of_each_image(folder, split):
+    """The class of each image of a split, as the cache in `folder` names it -> list."""
+    found = []
     for name, count in json.loads((folder / "classes.json").read_text())[split]:
-        kinds += [name] * count
-    return kinds
+        found += [name] * count
+    return found
 
 
 def brightness(depth):

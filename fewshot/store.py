@@ -27,7 +27,7 @@ from fewshot.files import fail
 BLOCK = 1 << 20  # bytes under one checksum
 SAMPLED = 8  # blocks of each file that a check reads, unless all are asked for
 STALE_AFTER = 24 * 3600  # seconds without a sign of life
-# `.<name>-<size>-<12 hex digits or a version>.<8 characters>[.old].building`, and what earlier versions left, ending in `<12 hex digits>.<process number>`.
+# What killed builders leave: ".<cache folder>.<8 characters>[.old].building"; in earlier versions ".<cache folder>.<process>".
 UNFINISHED = re.compile(r"\..+-\d+-(?:[0-9a-f]{12}\.\d+|\w+\.\w{8}(?:\.old)?\.building)")
 CHECKSUMS = "checksums.json"
 
@@ -162,8 +162,8 @@ def needs_building(folder):
 def problem(folder, full=False):
     """Find what is wrong with a cache folder -> one phrase, or "" if it is sound.
 
-    Checks the presence and length of each file, that arrays of images have a dtype and shape of images and as many as classes.json counts, and
-    checksums: of some blocks of each file, drawn at random, or of all if `full`.
+    Checks that each file is there and has its length; that <split>.npy holds images, as many as classes.json counts; and
+    checksums, of some blocks of each file, drawn at random, or of all if `full`.
     """
     folder = Path(folder)
     try:

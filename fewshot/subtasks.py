@@ -42,7 +42,9 @@ class Scenes:
         self.seed = args.seed if split == "train" else None
         self.size = args.image_size
         self.device = torch.device(args.device)
-        folder = prepare(mode, args.image_size, args.data_root, args.cache_dir, args.synthetic)
+        allow_shared = vars(args).get("allow_shared_classes", False)
+        where = args.data_root, args.cache_dir, args.synthetic
+        folder = prepare(mode, args.image_size, *where, allow_shared)
         self.folders = [folder.name]  # names what the images were made from
         self.contents = {mode: content_of(folder)}
         if not (folder / f"{split}-{kind}.npy").exists():

@@ -21,7 +21,7 @@ SYNTHETIC_IMAGES = 40  # images per class
 
 
 class Scene:
-    """Pictures (channels, images, size, size) and the coordinates x, y of their pixels (images, size, size).
+    """Pictures (channels, images, size, size), and their pixels' x, y, which broadcast against (images, size, size).
 
     limbs and blob return the (roughly) signed distance to a shape, negative inside; paint fills it.
     """

@@ -54,7 +54,7 @@ def check(args):
     if args.image_size > AT_MOST["image_size"]:
         fail(f"--image-size {args.image_size}: give a number up to {AT_MOST['image_size']}")
     if args.out is not None and (args.command != "show" or len(args.modes) > 1):
-        fail("--out names the picture of one mode: show one mode, or leave --out away")
+        fail("--out names the picture of one mode: show one mode, or leave --out out")
     if args.command in ("prepare", "show") and not args.modes:
         fail(f"{args.command} which mode? For example: python data.py {args.command} omniglot")
 

@@ -142,6 +142,28 @@ def test_other_split_of_miniimagenet(tmp_path, capsys):
     fails(capsys, lambda: prepared("miniimagenet", tmp_path), "another split")
 
 
+def test_an_incomplete_miniimagenet_is_refused(tmp_path, capsys, monkeypatch):
+    """A copy without some of its classes or images would have another split under the same name."""
+    few = {split: names[:3] for split, names in fewshot_published.MINIIMAGENET.items()}
+    folder = tmp_path / "root" / "miniimagenet"
+    for split, names in few.items():
+        rows = [(f"{name}{i}.jpg", name) for name in names for i in range(2)]
+        for name, _ in rows:
+            picture(folder / "images" / name)
+        table = "\n".join(",".join(row) for row in [("filename", "label"), *rows])
+        (folder / f"{split}.csv").write_text(table)
+    fails(capsys, lambda: prepared("miniimagenet", tmp_path), "train.csv", "3 of 64 classes")
+    monkeypatch.setattr(fewshot_published, "MINIIMAGENET", few)
+    whole = (folder / "test.csv").read_text()
+    (folder / "test.csv").write_text(whole.rpartition("\n")[0])
+    fails(capsys, lambda: prepared("miniimagenet", tmp_path), "test.csv", "5 of 6 images")
+    (folder / "test.csv").write_text(whole.rpartition(",")[0])
+    fails(capsys, lambda: prepared("miniimagenet", tmp_path), "test.csv", "no label")
+    (folder / "test.csv").write_text(whole)
+    classes, _ = prepared("miniimagenet", tmp_path)
+    assert classes["test"] == [[name, 2] for name in few["test"]]
+
+
 def test_full_disk(tmp_path):
     """A limit on file sizes stands for the full disk: the same OSError on the same call."""
     for split in fewshot_published.SPLITS:

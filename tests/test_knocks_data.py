@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from data import Episodes
 from fewshot import cache as fewshot_cache
 from fewshot import downloads, store
 from fewshot.cache import prepare
@@ -489,6 +490,33 @@ def test_what_is_missing_of_a_published_set_is_named(tmp_path, capsys, monkeypat
         "images_evaluation.zip or images_evaluation is missing",
         "images_background.zip is there",
     )
+
+
+def test_a_missing_part_is_downloaded_beside_the_others(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def download(name, md5, urls, folder):
+        asked.append((name, folder))
+        return ["no network"]
+
+    monkeypatch.setattr(fewshot_cache, "download", download)
+    root = tmp_path / "root"
+    (root / "images_background").mkdir(parents=True)  # the archive, unpacked: it counts as there
+    fails(capsys, lambda: prepare("omniglot", 8, root, tmp_path / "c"), "images_evaluation.zip")
+    assert asked == [("images_evaluation.zip", root)]
+
+
+def test_a_folder_name_of_bytes_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"fl\xff")
+    class_folders(tmp_path / "root", name)
+    task = Episodes([name], "test", 3, 1, 2, 8, root=tmp_path / "root", cache_dir=tmp_path / "c").tasks(0, 1)
+    assert task.support_x.shape == (1, 3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["overall", "Loss"])
+def test_names_that_reports_use(tmp_path, capsys, name):
+    class_folders(tmp_path / "root", name)
+    fails(capsys, lambda: prepare(name, 8, tmp_path / "root", tmp_path / "c"), name, "rename the folder")
 
 
 def test_files_that_fill_the_memory(tmp_path, capsys):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import modgrad_rl
 from data import uniform
+from fewshot import plots
 from tests.helpers import call, fails, get_args, here, relative_distance
 from tools import pictures, tables_rl
 
@@ -369,6 +370,12 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
         assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
         assert all(line["kl"] <= 0.01 for line in lines)
         assert ["validation" in line for line in lines] == [False, True, False, True]
+        drawn = plots.validation_of(lines)
+        assert drawn["before adapting"] == (
+            [2, 4],
+            [lines[1]["validation"][0]["mean"], lines[3]["validation"][0]["mean"]],
+        )
+        assert drawn["after adapting"][1][0] == lines[1]["validation"][-1]["mean"]
     call(modgrad_rl, monkeypatch, *words, "--out", tmp_path / "part", "--iterations", 2)
     call(modgrad_rl, monkeypatch, *words, "--out", tmp_path / "part")
     one, two = (
@@ -376,6 +383,11 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
         for name in ("modgrad", "part")
     )
     assert all(torch.equal(w, two[k]) for k, w in one.items())
+    between = *words, "--out", tmp_path / "between", "--log-every", 3  # stops before the first log line
+    call(modgrad_rl, monkeypatch, *between, "--stop-after", 0)
+    call(modgrad_rl, monkeypatch, *between)
+    three = torch.load(tmp_path / "between" / "checkpoint.pt", weights_only=True)["params"]
+    assert all(torch.equal(w, three[k]) for k, w in one.items())
     fails(
         capsys,
         functools.partial(call, modgrad_rl, monkeypatch, *words, "--out", tmp_path / "part", "--gamma", 0.5),
@@ -397,6 +409,7 @@ def test_an_rl_run_from_start_to_end(tmp_path, monkeypatch, capsys):
     ):
         fails(capsys, functools.partial(modgrad_rl.get_args, bad.split()), said)
     shutil.rmtree(tmp_path / "part")
+    shutil.rmtree(tmp_path / "between")
     done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("### Reinforcement learning") :]

@@ -403,6 +403,22 @@ def test_stop_after(tmp_path, cache, monkeypatch, capsys):
     assert (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_signal_after_the_last_look_still_leaves_a_checkpoint(tmp_path, cache, monkeypatch, capsys):
+    """It comes when the iteration has been saved, or not: the next one ends with a checkpoint."""
+    original = fewshot_run.Run.save
+
+    def save(self, params, optimizer=None):
+        original(self, params, optimizer)
+        if self.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fewshot_run.Run, "save", save)
+    words = *TINY, "--save-every", 1000, "--cache-dir", cache, "--out", tmp_path
+    call(kml, monkeypatch, *words)
+    assert "stopped by signal 15 at iteration 3 of 6" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 3
+
+
 def test_validation_counts_for_stop_after(tmp_path, cache, monkeypatch, capsys):
     clock = [0.0]  # seconds; validating takes ten, and nothing else takes any
     monkeypatch.setattr(fewshot_run.time, "perf_counter", lambda: clock[0])

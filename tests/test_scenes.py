@@ -14,6 +14,7 @@ from data import Episodes, Task
 from fewshot import cache as fewshot_cache
 from fewshot import published as fewshot_published
 from fewshot import scenes as fewshot_scenes
+from fewshot.cache import prepare
 from tests.helpers import (
     call,
     episodes,
@@ -268,7 +269,7 @@ def test_scene_subtasks(few_scenes, cache, capsys):
 def write_depth_folder(root, focal=50.0, shape=(24, 32), distance=2000):
     """A wall, straight ahead, with a hole in its depth: <split>/<domain>/."""
     for split in fewshot_published.SPLITS:
-        for domain in ("attic", "barn"):
+        for domain in (f"{split}-attic", f"{split}-barn"):
             folder = root / split / domain
             for i in range(6):
                 picture(folder / f"{i}.jpg", size=shape[1])
@@ -309,7 +310,7 @@ def test_photographs_with_depth(tmp_path, capsys):
         atol=1e-4,
         rtol=0,
     )
-    assert Episodes(["mine"], "test", 2, 1, 2, 24, **places).class_names == [["attic", "barn"]]
+    assert Episodes(["mine"], "test", 2, 1, 2, 24, **places).class_names == [["test-attic", "test-barn"]]
     fails(
         capsys,
         lambda: afr.Scenes("vanishing", args, "test"),
@@ -331,18 +332,32 @@ def test_photographs_with_depth(tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "x.png").size == (3 * 154, 2 * 168 + 34)
-    folder = tmp_path / "root" / "mine" / "test" / "barn"
+    folder = tmp_path / "root" / "mine" / "test" / "test-barn"
     for damage, said in (
         (lambda: (folder / "focal.txt").write_text("wide"), "holds 'wide'"),
         (lambda: (folder / "focal.txt").unlink(), "no focal.txt"),
         (lambda: (folder / "3.png").unlink(), "no depth image"),
         (lambda: (folder / "3.png").write_bytes(b"x"), "cannot be decoded"),
         (lambda: Image.fromarray(np.zeros((3, 3), np.uint16)).save(folder / "3.png"), "the same view"),
+        (lambda: Image.fromarray(np.zeros((24, 32), np.uint8)).save(folder / "3.png"), "not of 16 bits"),
     ):
         (folder / "focal.txt").write_text("50")
         Image.fromarray(np.full((24, 32), 2000, np.uint16)).save(folder / "3.png")
         damage()
         fails(capsys, lambda: afr.Scenes("depth", args, "test"), "barn", said)
+
+
+def test_domains_of_photographs_are_checked(tmp_path, capsys):
+    root = tmp_path / "root"
+    write_depth_folder(root / "mine")
+    (root / "mine" / "train" / "train-barn").rename(root / "mine" / "train" / "test-barn")
+    fails(
+        capsys, lambda: prepare("mine", 24, root, tmp_path / "cache"), "test-barn stands in train and in test"
+    )
+    assert prepare("mine", 24, root, tmp_path / "cache", allow_shared=True).is_dir()
+    for i in range(6):
+        (root / "mine" / "val" / "val-attic" / f"{i}.jpg").unlink()
+    fails(capsys, lambda: prepare("mine", 24, root, tmp_path / "cache"), "val-attic has a focal.txt", "JPEG")
 
 
 def test_normals_of_a_tilted_plane_are_exact():
