@@ -54,7 +54,7 @@ python=$(printf %q "$PYTHON")
 
 # The cells: names and commands, from the one list.
 names=() commands=()
-list=$("$PYTHON" -m tools.cells ${only[@]+"${only[@]}"} ${quick:+--quick} ${synthetic:+--synthetic}) || exit 1
+list=$("$PYTHON" -m tools.cells ${only[@]+"${only[@]}"} ${quick:+--quick} ${synthetic:+--synthetic}) || exit 2
 while IFS=$'\t' read -r name command; do
     [ -n "$name" ] || continue
     names+=("$name")
@@ -62,8 +62,6 @@ while IFS=$'\t' read -r name command; do
 done <<<"$list"
 
 # ---------------------------------------------------------------------------------------------------------- running them
-[ ${#names[@]} -gt 0 ] || fail "no cell is named like --only ${only[*]}; --dry-run alone lists all"
-
 # Whether cell $1 is finished: its last call that reached a result had this very command, and the result is still there.
 # (A run that trains on removes it.)
 finished() {

@@ -472,7 +472,7 @@ def test_a_multishot_run_from_start_to_end(tmp_path, cache, monkeypatch, capsys)
     assert done.returncode == 0, done.stderr
     made = done.stdout[done.stdout.index("### Multi-shot") :]
     assert made.startswith(
-        "### Multi-shot, omniglot, 20-way, 1 to 15 shots\n\n**Synthetic images.** **5 images a step instead of 20.** **16 px instead of 28.**"
+        "### Multi-shot, omniglot, 20-way, 1 to 15 shots\n\n**Synthetic images.** **5 images per step instead of 20.** **16 px instead of 28.**"
     )
     rows = {line.split(" | ")[0].strip("| "): line for line in made.splitlines() if line.startswith("| ")}
     assert "{mean:.2f} ± {ci95:.2f}".format(**found["reptile"]["accuracy"]) in rows["Reptile, `--steps 3`"]

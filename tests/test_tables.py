@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -26,7 +27,15 @@ import mprotonet
 from fewshot.flags import identity
 from fewshot.parallel import cores
 from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run, run_all
-from tools import papers, reading, tables
+from tools import (
+    papers,
+    reading,
+    tables,
+    tables_completion,
+    tables_modgrad,
+    tables_multishot,
+    tables_rl,
+)
 
 
 def make_result(folder, method, modes, per_task, inductive=(), args=None, best=None, **flags):
@@ -511,6 +520,37 @@ def test_tables_know_the_scripts():
             "lr_halve_every",
             "modulation",
         }
+
+
+@pytest.mark.parametrize(
+    "module, known",
+    [
+        (modgrad, tables_modgrad.OPTIONS | tables_modgrad.BUDGET),
+        (modgrad_completion, tables_completion.OPTIONS),
+        (modgrad_multishot, tables_multishot.OPTIONS | tables_multishot.BUDGET),
+        (modgrad_rl, tables_rl.OPTIONS | tables_rl.BUDGET),
+    ],
+)
+def test_tables_of_modgrad_know_every_flag(module, known):
+    """A flag that changes a run is named in its row or above the table: else a variant would pass as the method."""
+    setting = "method algorithm adapt modes ways shots seed synthetic"  # adapt: in the method's name
+    by_method = "alpha steps outer lr meta_batch backbone"  # have defaults of their own for each method
+    of_columns = "env order pixels image_size precision"
+    elsewhere = f"{setting} {by_method} {of_columns}".split()
+    unknown = set(identity(get_args(module))) - set(known) - set(elsewhere)
+    assert not unknown
+
+
+def test_a_flag_of_a_run_in_no_table_of_its_own_takes_the_papers_number_away():
+    """W * M for all runs of a table is said above it, and is no less a variant than in a row."""
+    shared = {"no_residual": True, "lr_halve_every": 1000}
+    runs = [{"key": 0, "seed": 0, "options": dict(shared)}, {"key": 0, "seed": 1, "options": dict(shared)}]
+    tables.common_flags(runs, ["key"])
+    assert [run["options"] for run in runs] == [{}, {}]
+    assert all(map(tables.is_variant, runs))
+    runs = [{"key": 0, "seed": 0, "options": {"lr_halve_every": 1000}}]
+    tables.common_flags(runs, ["key"])
+    assert not tables.is_variant(runs[0]), "halving earlier belongs to a shorter budget"
 
 
 def check_modgrad_cells(found):

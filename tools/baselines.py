@@ -267,7 +267,7 @@ def prepare_higher(module, options, params, sample):
     """-> step(): MAML by higher's innerloop_ctx, task after task."""
     import higher
 
-    network = PlainNetwork(params)
+    network = PlainNetwork(params).to(options.device)
     outer, inner = (
         torch.optim.Adam(network.parameters(), lr=options.lr),
         torch.optim.SGD(network.parameters(), lr=options.inner_lr),
@@ -290,7 +290,7 @@ def prepare_easyfsl(module, options, params, sample):
     """-> step(): ProtoNet by easyfsl's PrototypicalNetworks, task after task."""
     from easyfsl.methods import PrototypicalNetworks
 
-    network = PrototypicalNetworks(PlainNetwork(params))
+    network = PrototypicalNetworks(PlainNetwork(params)).to(options.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.lr)
 
     def step():

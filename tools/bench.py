@@ -7,7 +7,7 @@
     python -m tools.bench reuse --modes miniimagenet --shots 1 5
     python -m tools.bench gpu --json bench-gpu.json               # under seven minutes; nothing to download
 
-loader    Tasks a second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
+loader    Tasks per second that come ready for training (float, on the device). Ours: `data.Episodes`, images decoded once,
           memory-mapped, gathered in batches of 10 tasks. Baseline: what the released repositories do, worker processes that
           draw a task, open, decode and resize each of its images with Pillow, and convert it.
 
@@ -29,7 +29,7 @@ peers     Milliseconds of one training iteration without modulation (MAML, Proto
           are installed, each in its own way: higher for MAML's steps, easyfsl for ProtoNet. `pip install higher easyfsl torchvision`.
 
 variants  Milliseconds of the gradients of one meta-batch, by the ways in which a script's `task_loss` can be called:
-            loop      one task after another, backward after each: what a worker of the scripts does on a CPU
+            loop      tasks in --workers threads, backward after each: the scripts on a CPU
             vmap      all tasks together, each convolution a grouped one: the scripts on a GPU with --eager
             unfold    vmap, each convolution written as unfold and a batched matrix product
             compiled  vmap under torch.compile (on a CPU only if it is named: compiling takes many minutes, and does not count)
@@ -63,6 +63,7 @@ import torch
 from PIL import Image
 
 import data
+from fewshot.flags import resolve_device
 from tools.baselines import (
     PEERS,
     SCRIPTS,
@@ -314,9 +315,9 @@ def bench_reuse(args, shots):
 
 
 def reuse_table(rows, args):
-    """What bench_reuse found -> Markdown. `faster`: MAML's milliseconds by the method's."""
+    """What bench_reuse found -> Markdown. *Times as fast*: MAML's milliseconds divided by the method's."""
     lines = [
-        "| method | shots | ms a training meta-batch | faster than MAML | ms a test task | faster than MAML | parameters | beside MAML |",
+        "| method | shots | ms per training meta-batch | times as fast as MAML | ms per test task | times as fast as MAML | parameters | beside MAML |",
         "|" + " --- |" * 8,
     ]
     maml = {row["shots"]: row for row in rows if row["method"] == "MAML"}
@@ -389,6 +390,18 @@ TABLES = {  # of each part but loader and gpu, in the order of the help
 def parse_args():
     """The command line -> its flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = data.fail
+    add_flags(parser)
+    args = parser.parse_args()
+    args.device = resolve_device(args.device)
+    args.variants = args.variants or (VARIANTS[:3] if args.device == "cpu" else VARIANTS)
+    args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
+    check(args)
+    return args
+
+
+def add_flags(parser):
+    """Add all flags to the parser."""
     parser.add_argument("part", choices=["loader", "train", "peers", "variants", "steps", "reuse", "gpu"])
     parser.add_argument(
         "--scripts", nargs="+", default=list(SCRIPTS), choices=SCRIPTS, help="of train and variants"
@@ -418,7 +431,7 @@ def parse_args():
     parser.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"))
     parser.add_argument("--cache-dir", default=".cache")
     parser.add_argument("--synthetic", action="store_true")
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu or cuda:N")
     parser.add_argument("--profile", action="store_true", help="train: a table of PyTorch's profiler instead")
     parser.add_argument(
         "--budget", type=float, default=330, help="gpu: seconds after which no further row is begun"
@@ -427,17 +440,23 @@ def parse_args():
         "--smoke", action="store_true", help="gpu: tiny shapes, to try the command itself, on a CPU too"
     )
     parser.add_argument("--json", help="write every sample and the versions to this file")
-    parser.error = data.fail
-    args = parser.parse_args()
-    args.variants = args.variants or (VARIANTS[:3] if args.device == "cpu" else VARIANTS)
+
+
+def check(args):
+    """Exit if flags are out of range, or contradict each other."""
+    for key in ("rounds", "repeat", "workers", "meta_batch", "ways", "queries", "image_size"):
+        if getattr(args, key) < 1:
+            data.fail(f"--{key.replace('_', '-')} {getattr(args, key)}: give 1 or more")
+    if min(args.shots) < 1:
+        data.fail(f"--shots {min(args.shots)}: give 1 or more")
+    if not args.seconds > 0:
+        data.fail(f"--seconds {args.seconds}: give more than 0")
     if "captured" in args.variants and args.device == "cpu":
         data.fail("--variants captured: a CUDA graph needs --device cuda:0; leave it out")
     if args.part == "steps" and args.precision != "fp32":
         data.fail("steps is measured in fp32: leave --precision out")
     if args.part == "gpu" and args.device == "cpu" and not args.smoke:
         data.fail("gpu: there is no GPU here; --smoke tries the command itself on a CPU")
-    args.modes = [data.canonical_mode(mode, args.data_root) for mode in args.modes]
-    return args
 
 
 def measure(args):
@@ -498,7 +517,7 @@ def main():
     else:
         rows = record[args.part] = measure(args)
         batch = "" if args.part == "steps" else f"{args.meta_batch} tasks per iteration, "
-        side_by_side = args.part in ("train", "peers")
+        side_by_side = args.part in ("train", "peers", "variants")
         threads = f"{args.workers} workers" if side_by_side else f"{torch.get_num_threads()} threads"
         threads += f", {args.rounds} alternating rounds: medians"
         print(f"{args.part}: {setting}, {batch}{args.precision}, on {args.device} with {threads}\n")

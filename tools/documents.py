@@ -32,7 +32,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import atomic_write, fail, read_log, read_result
+from data import atomic_write, fail, read_log
 from tools import bench, bench_gpu, inspect_gradients, reading, tables
 
 DOCUMENTS = ("README.md", "RESULTS.md", "docs/speed.md")
@@ -114,7 +114,12 @@ def trials_table(folder):
     found = {}
     flag = None
     for file in sorted(Path(folder).glob("*/log.jsonl")):
-        name, kind, value = TRIAL.fullmatch(file.parent.name).groups()
+        found_in_name = TRIAL.fullmatch(file.parent.name)
+        if not found_in_name:
+            fail(
+                f"{file.parent} lies among trials, whose folders are named NAME-lrVALUE: move it, or rename it"
+            )
+        name, kind, value = found_in_name.groups()
         flag = FLAGS[kind]
         measured = validations(file)
         if measured:
@@ -179,6 +184,8 @@ def source(places):
         return f"{inspect_gradients.noise_table(found)}\n\n{inspect_gradients.spectrum_table(shown)}\n"
     if paths[0].name.startswith("bench-"):
         return bench_tables(paths[0])
+    if not paths[0].is_dir():
+        fail(f"a marker asks for tables of {paths[0]}, which is no folder of results, nor a file of a tool")
     if any(map(TRIAL.fullmatch, (child.name for child in paths[0].iterdir()))):
         return trials_table(paths[0])
     return tables.make(paths, Path("results"))[0]
@@ -221,13 +228,15 @@ def differences(place, pairs):
     """
 
     def read(folder):
-        file = folder / "result.json"
-        return reading.read_few_shot(file, read_result(file))
+        (run,) = reading.read_each([folder], reading.read_few_shot)
+        return run
 
     folders = sorted(place.glob("seed[0-9]*")) or [place]
     rows = {}
     for pair in pairs.split("; "):
         names, _, shown = pair.partition(" = ")
+        if names.count(" - ") != 1:
+            fail(f"a marker of differences of {place} has the pair {names!r}: write RUN - OTHER = NAME")
         one, two = names.split(" - ")
         found = [f for f in folders if all((f / name / "result.json").exists() for name in (one, two))]
         if not found:
@@ -248,7 +257,9 @@ def differences(place, pairs):
         measured = list(rows[name].values())
         if len(measured) < 3:
             return "-"
-        return reading.show(tables.over_seeds(measured, measured[0][0]["modes"]), "+")
+        one, two = measured[0]
+        shared = [mode for mode in one["modes"] if mode in two["modes"]]
+        return reading.show(tables.over_seeds(measured, shared), "+")
 
     columns = {"difference, task by task, paper protocol": lambda name: name}
     if folders == [place]:
@@ -268,6 +279,8 @@ def filled(text):
         unknown = [key for key in options if key not in KEYS]
         if unknown:
             fail(f"a marker of tables of {places} has {unknown[0]!r}: it can have {', '.join(KEYS)}")
+        if kind == "differences" and "pairs" not in options:
+            fail(f"a marker of differences of {places} has no line 'pairs: RUN - OTHER = NAME'")
         if kind == "differences":
             return opening + differences(Path(places), options["pairs"]) + closing
         if kind == "validation":
@@ -286,7 +299,7 @@ def main():
     p.error = fail
     p.add_argument("documents", nargs="*", default=DOCUMENTS, metavar="DOCUMENT", help=", ".join(DOCUMENTS))
     for file in map(Path, p.parse_args().documents):
-        if not file.exists():
+        if not file.is_file():
             fail(f"{file} is not there: run this from the repository's root")
         text = file.read_text()
         atomic_write(file, filled(text))

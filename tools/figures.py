@@ -12,7 +12,7 @@ KINDS_OF_LINES = ("-", "--", ":", "-.")
 
 
 def curves(runs, singles, file):
-    """Training accuracy of each run against iterations, a panel a mode -> PNG `file`. Points are means over log lines."""
+    """Training accuracy of each run against iterations, a panel per mode -> PNG `file`. Points are means over log lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def curves(runs, singles, file):
             log = run["file"].parent / "log.jsonl"
             points = []
             for line in read_log(log):
-                if mode in line["accuracy"]:
+                if mode in line.get("accuracy", {}):
                     points.append((line["iteration"], line["accuracy"][mode]))
             if not points:
                 print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)

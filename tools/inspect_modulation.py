@@ -56,8 +56,9 @@ def load(folder):
             f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M"
         )
     module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
-    if checkpoint["identity"].get("embed") == "query":
-        fail(f"{folder} was trained with --embed query: its v differs from pass to pass; name another run")
+    embed = checkpoint["identity"].get("embed")
+    if embed in ("query", "other"):
+        fail(f"{folder} was trained with --embed {embed}: its v is not the support images'; name another run")
     args = flags_of_run(checkpoint["identity"], module)
     return module, args, checkpoint["params"], checkpoint["iteration"]
 
@@ -156,6 +157,12 @@ def spread(x):
     return [float(f"{y.item():.3g}") for y in (x.min(), x.median(), x.max())]
 
 
+def median_and_ends(found):
+    """What `spread` found, as text: the median, and in brackets the smallest and the largest."""
+    smallest, median, largest = found
+    return f"{median:.3g} ({smallest:.3g} to {largest:.3g})"
+
+
 def rms(x):
     return x.square().mean().sqrt().item()
 
@@ -230,11 +237,9 @@ def report(row):
     for layer, x in row["M"].items():
         print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
     for layer, x in row["outputs"].items():
-        ends = {what: " to ".join(f"{y:.3g}" for y in x[what]) for what in ("norm", "variance", "deviation")}
-        print(f"    {layer}: modulation multiplies the norms of filters by {ends['norm']}")
-        print(
-            f"    {layer}: outputs have variance {ends['variance']}, after BatchNorm deviation {ends['deviation']}"
-        )
+        norm, variance, deviation = (median_and_ends(x[what]) for what in ("norm", "variance", "deviation"))
+        print(f"    {layer}: modulation multiplies the norms of filters by {norm}")
+        print(f"    {layer}: outputs have variance {variance}, after BatchNorm deviation {deviation}")
     print(f"    v: {row['v']['right_mode_percent']:.1f} % of the tasks lie nearest to their own mode")
     for what, score in row["accuracy"].items():
         cells = []

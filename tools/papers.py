@@ -76,8 +76,8 @@ MODGRAD = {  # ModGrad paper, Table 2, 4 (steps) and 5 (u): accuracy and, if giv
     "ModGrad": ((53.20, 0.86), (69.17, 0.69)),
     "MAML": ((47.89, 1.20), (64.59, 0.88)),
     "Meta-SGD": ((50.50, 1.90), (64.00, 0.90)),
-    "CAVIA": ((51.82, 0.65), (65.85, 0.55)),
-    "T-Net": ((51.70, 1.84), None),  # CAVIA's with 512 channels
+    "CAVIA": ((51.82, 0.65), (65.85, 0.55)),  # with 512 channels
+    "T-Net": ((51.70, 1.84), None),
     "ModGrad, wrn28-10, `--augment`": ((65.72, 0.21), (81.17, 0.20)),
     "ModGrad, `--steps 2`": (52.66, 68.80),
     "ModGrad, `--steps 3`": (53.54, 68.42),
@@ -89,7 +89,7 @@ MODGRAD = {  # ModGrad paper, Table 2, 4 (steps) and 5 (u): accuracy and, if giv
 # ModGrad paper, Table 3: CelebA, mean squared error by (pixels, order)
 COMPLETION = defaultdict(
     dict,
-    {  # CelebA, mean squared error by (pixels, order)
+    {
         "CNP": {
             (10, "random"): 0.039,
             (100, "random"): 0.016,
@@ -121,7 +121,7 @@ MULTISHOT = defaultdict(lambda: "", {"ModGrad": 85.1, "LEAP": 83.3, "Reptile": 7
 # ModGrad paper, Figure 8: return after one update, as its text says
 RL = defaultdict(
     dict,
-    {  # return after one update, as its text says
+    {
         "MAML": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-100"},
         "CAVIA": {"navigation": "-15", "cheetah-dir": "below 550", "cheetah-vel": "-90"},
         "ModGrad": {"navigation": "-8", "cheetah-dir": "590", "cheetah-vel": "-80"},
@@ -152,7 +152,7 @@ AFR_TABLE1 = {  # attentive feature reuse, Table 1, on MMT: classification, dept
 # Attentive feature reuse, Table 2: mini-ImageNet, 5 ways, in %: (CE, NIL) of 1-shot and of 5-shot
 AFR_TABLE2 = defaultdict(
     dict,
-    {  # mini-ImageNet, 5 ways, in %: (CE, NIL) of 1-shot and of 5-shot
+    {
         "MAML": {"M": ((48.7, 49.1), (63.1, "-"))},
         "ANIL": {"M": ((48.1, 49.5), (61.0, "-"))},
         "AM": {"M": ((51.1, 52.3), (64.6, "-"))},

@@ -56,7 +56,7 @@ def read_each(folders, take):
     for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
         try:
             run = take(file, read_result(file))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             why = f"{type(error).__name__}: {error}"
             fail(f"{file} is not a whole result file ({why}): delete it, run its command again")
         if run is not None:
@@ -126,13 +126,13 @@ def read_few_shot(file, run):
         "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
         "scores": {name: by_mode(x, modes) for name, x in protocols.items() if x is not None},
         "parameters": sum(run["parameters"].values()),
-        "seconds": run["seconds_per_iteration"],
+        "seconds": float(run["seconds_per_iteration"]),
     }
 
 
 def by_mode(values, modes):
     """Values of tasks, whose modes take turns -> {mode: array}."""
-    return {mode: np.array(values[m :: len(modes)]) for m, mode in enumerate(modes)}
+    return {mode: np.array(values[m :: len(modes)], dtype=float) for m, mode in enumerate(modes)}
 
 
 def absent(method, modes=()):
@@ -161,6 +161,7 @@ def joined(method, modes, singles):
             if all(protocol in run["scores"] for run in of)
         },
         "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
+        "variant": any(run.get("variant") for run in of),
         "parameters": sum(run["parameters"] for run in of),
     }
 
@@ -183,7 +184,7 @@ def on_the_same_tasks(runs, modes):
 
 
 def interval(strata):
-    """Arrays of values, one a mode -> mean of their means, half width of its 95 % interval."""
+    """Arrays of values, one per mode -> mean of their means, half width of its 95 % interval."""
     means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
     return float(np.mean(means)), 1.96 * math.sqrt(sum(variances)) / len(strata)
 

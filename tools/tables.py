@@ -76,7 +76,8 @@ def pairs(runs, methods):
 def by_seed(rows, reference, modes):
     """Where runs have several seeds: a line for each configuration, its seeds side by side in each cell -> Markdown, or "".
 
-    The base of the differences is `reference` without flags, or else its configuration with the shortest label (a tuned `--lr` alone, say).
+    The base of the differences is the configuration of `reference` with the most seeds; of several, the one with the
+    shortest label: without flags, or with a tuned `--lr` alone.
     """
     runs = {}
     for run in rows:
@@ -86,7 +87,8 @@ def by_seed(rows, reference, modes):
     if len(seeds) < 2:
         return ""
     plain = [name for name in runs if name.split(",")[0] == reference]
-    base = runs.get(reference) or (runs[min(plain, key=len)] if plain else {})
+    plain.sort(key=lambda name: (-len(runs[name]), len(name)))
+    base = runs[plain[0]] if plain else {}
 
     def scores(name, protocol):
         found = []
@@ -103,7 +105,7 @@ def by_seed(rows, reference, modes):
             found.append(show(difference(run, other, protocol, modes), "+") if compared else "-")
         return ", ".join(found)
 
-    at = f"seeds {' and '.join(map(str, seeds))}"
+    at = f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]}"
     columns = {
         "configuration": lambda name: name,
         f"overall, paper protocol, {at}": lambda name: scores(name, "paper"),
@@ -153,7 +155,11 @@ def over_seeds(pairs, modes):
             per_mode[mode].append(x[: len(y)] - y[: len(x)])
     n = len(pairs)
     training = student(n) * np.std(means, ddof=1) / math.sqrt(n)
-    _, tasks = interval([np.mean(per_mode[mode], 0) for mode in modes])
+    over_pairs = []
+    for found in per_mode.values():
+        count = min(map(len, found))  # of test tasks: a pair may have fewer
+        over_pairs.append(np.mean([x[:count] for x in found], 0))
+    _, tasks = interval(over_pairs)
     return float(np.mean(means)), math.hypot(training, tasks)
 
 
@@ -173,9 +179,10 @@ def common_flags(runs, keys):
         remarks = [f"All{flags.removeprefix(',')}."] if flags else []
         if seed and not one_seed:
             remarks.append(f"Seed {seed}, where a row names none.")
+        variant = bool(set(shared) - {"lr_halve_every"})  # which belongs to a shorter budget
         for run in group:
             run["options"] = {k: v for k, v in run["options"].items() if k not in shared}
-            run |= {"first_seed": seed, "common": " ".join(remarks)}
+            run |= {"first_seed": seed, "common": " ".join(remarks), "variant": variant}
 
 
 def block(runs, singles):
@@ -229,6 +236,11 @@ def published_of(first):
     return TABLE1.get(setting, {}), TABLE2 if setting == "2mode-dagger" else {}
 
 
+def is_variant(run):
+    """Whether a run has flags that the paper's has not: its own, or those that all runs of its table share."""
+    return bool(run["options"]) or run.get("variant", False)
+
+
 def accuracies(rows, first):
     """Runs -> Markdown: the accuracy of each, overall and by mode, and the paper's beside it."""
     modes = first["modes"]
@@ -247,7 +259,7 @@ def accuracies(rows, first):
         return lambda run: " / ".join(show(score(run, x, [mode])) for x in ("paper", "inductive"))
 
     def published(numbers):
-        return lambda run: "-" if run["options"] else show(numbers[run["method"]][five])
+        return lambda run: "-" if is_variant(run) else show(numbers[run["method"]][five])
 
     columns = {
         "method": lambda run: label(run) + missing(run),
@@ -275,7 +287,7 @@ def differences(compared, first):
         return lambda pair: show(difference(*pair, protocol, modes), "+")
 
     def published(pair):
-        if any(run["options"] for run in pair):
+        if any(is_variant(run) for run in pair):
             return "-"
         one, two = (table1[run["method"]][five][0] for run in pair)
         return f"{one - two:+.2f}"
@@ -329,7 +341,7 @@ def kml_tables(runs, out, figures):
     groups = {}
     for run in runs:
         group = groups.setdefault(tuple(run[k] for k in keys), {})
-        alike = group.setdefault(tuple(run["modes"]), {})
+        alike = group.setdefault(tuple(sorted(run["modes"])), {})
         first = alike.setdefault(label(run), run)
         if first is not run:
             print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)

@@ -178,7 +178,7 @@ def classification_columns(runs):
         return lambda pair: " / ".join(afr_score(pair[0], key, stratum, "+", pair[1]) for key in keys)
 
     def published(of):
-        return lambda run: "-" if run["options"] else of(run["method"])
+        return lambda run: "-" if run["options"] or run["filters"] != 32 else of(run["method"])
 
     for stratum in [*first["modes"], *dict.fromkeys(mode for run in runs for mode in run["transfer"])]:
         where = f"{stratum}, " if len(first["modes"]) > 1 else ""

@@ -17,6 +17,7 @@ OPTIONS = {
     "first_order": False,
     "lr": 1e-3,
     "lr_halve_every": 0,
+    "start_at_one": False,
     "seed": 0,
 }
 ORDERS = [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]  # the paper's columns
@@ -96,9 +97,13 @@ def both_tables(cells, known):
 
     head = {(order, pixels): f"{pixels} {order} pixels" for order, pixels in shown}
     errors = {"method": "".join} | {head[column]: error(column) for column in shown}
-    differences = {"difference, image by image": lambda row: f"ModGrad - {''.join(row)}"}
-    differences |= {head[column]: against(column) for column in shown}
-    return table(rows, errors) + "\n" + table([row for row in rows if row[0] != "ModGrad"], differences)
+    text = table(rows, errors)
+    others = [row for row in rows if row[0] != "ModGrad"]
+    if others:
+        differences = {"difference, image by image": lambda row: f"ModGrad{row[1]} - {''.join(row)}"}
+        differences |= {head[column]: against(column) for column in shown}
+        text += "\n" + table(others, differences)
+    return text
 
 
 def mean(errors, sign=""):

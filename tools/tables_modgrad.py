@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import modgrad
+from tools import reading
 from tools.figures import against_shots
 from tools.papers import MODGRAD
 from tools.reading import (
@@ -110,6 +111,15 @@ def in_order(runs):
     return sorted(runs, key=place)
 
 
+def on_the_same_tasks(runs):
+    """Cut the scores of all runs, `best` included, to the test tasks that every run has -> the runs."""
+    modes = runs[0]["modes"]
+    kept = [run["best"] for run in runs if run["best"]]
+    cut = reading.on_the_same_tasks([*runs, *kept], modes)
+    best = iter(cut[len(runs) :])
+    return [run | {"best": next(best) if run["best"] else None} for run in cut[: len(runs)]]
+
+
 def accuracies(runs):
     """The runs of one setting and budget -> Markdown: the accuracy of each."""
     first = runs[0]
@@ -178,13 +188,15 @@ def differences(runs):
 def block(runs):
     """The runs of one setting and budget -> Markdown: accuracies, then differences from ModGrad, task by task."""
     first = runs[0]
-    runs = in_order(runs)
-    counts = sorted({sum(map(len, run["scores"]["paper"].values())) for run in runs})
+    runs = on_the_same_tasks(in_order(runs))
+    count = sum(map(len, runs[0]["scores"]["paper"].values()))
     about = [
         budget_text(first["budget"]),
-        f"{' or '.join(f'{n:,}' for n in counts)} test tasks;",
+        f"{count:,} test tasks;",
         "accuracy in %, 95 % interval over tasks.",
     ]
+    if any(run["method"] == "CAVIA" for run in runs):
+        about.append("The paper's CAVIA has 512 channels.")
     if any(run["best"] for run in runs):
         about.append("*Last* parameters, and those *best on validation* classes among those kept.")
     title = (

@@ -27,6 +27,7 @@ OPTIONS = {
     "rank": 5,
     "updates": 1,
     "first_order": False,
+    "start_at_one": False,
     "gae_lambda": 1.0,
     "max_kl": 0.01,
     "cg_steps": 10,
@@ -42,7 +43,9 @@ def read_run(file, run):
         return None
     args = run["args"]
     budget = {"iterations": run["iterations"]} | {k: args[k] for k in BUDGET if k != "iterations"}
-    scores = np.array(run["per_task"])  # (updates + 1, tasks): returns
+    scores = np.array(run["per_task"], dtype=float)  # (updates + 1, tasks): returns
+    if len(scores) < 2 or scores.shape[1] != run["test_tasks"]:
+        raise ValueError("its returns are not those of its tasks")
     return run | {
         "options": {k: args[k] for k, v in usual(args, run["env"]).items() if args.get(k, v) != v},
         "seed": args["seed"],
@@ -59,7 +62,7 @@ def usual(args, env):
     alpha, _ = modgrad_rl.DEFAULTS[algorithm]
     if env != "navigation":
         alpha = modgrad_rl.CHEETAH_ALPHA.get(algorithm, alpha)
-    flags = {"alpha": alpha} | OPTIONS
+    flags = {"alpha": alpha, "halve_test_lr": algorithm == "maml"} | OPTIONS
     if algorithm == "cavia":
         flags["context"] = 5 if env == "navigation" else 50
     if algorithm == "maml":  # which has none
@@ -85,6 +88,10 @@ def rl_tables(folders, out, figures):
         if importlib.util.find_spec("matplotlib"):
             protocol = protocol_of(env)
             words = [str(v) for k, v in runs[0]["budget"].items() if v != protocol[k]]
+            usual_shape = 100, 3  # test tasks, test updates: the flags' defaults
+            tasks, updates = runs[0]["test_tasks"], len(runs[0]["scores"]) - 1
+            if (tasks, updates) != usual_shape:
+                words.append(f"{tasks}tasks-{updates}updates")
             file = out / f"{'-'.join(['rl', env, *words])}.png"
             figures.append((rl_curves, runs, "; ".join(differs), file))
             parts.append(f"![Returns]({file.name})\n")
@@ -129,7 +136,7 @@ def block(env, runs, differs):
 
     columns = {"method": label} | {head: returns(k) for k, head in enumerate(heads)}
     columns["gain of 1 update"] = lambda run: mean(run["scores"][1] - run["scores"][0], "+")
-    columns["ModGrad's Figure 8, after 1 update"] = lambda run: RL.get(run["method"], {}).get(env, "-")
+    columns["ModGrad's Figure 8, after 1 update"] = lambda run: published(run, env)
     columns["s per iteration"] = lambda run: f"{run['seconds_per_iteration']:.2g}"
     parted = by_direction(runs, heads) if env == "cheetah-dir" else ""
     return (
@@ -140,6 +147,13 @@ def block(env, runs, differs):
         + differences(runs, heads)
         + parted
     )
+
+
+def published(run, env):
+    """The paper's return, of runs that differ from its in no more than the size of the step."""
+    if set(run["options"]) - {"alpha"}:
+        return "-"
+    return RL.get(run["method"], {}).get(env, "-")
 
 
 class Directions:

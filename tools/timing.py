@@ -23,6 +23,7 @@ def peak_memory(prepare, name, args, shots):
     """Most memory that the step of prepare(name, args, shots) needs, in MiB: what is allocated on a GPU; on a CPU, where this
     must be called in a process of its own, how much its resident memory has grown beyond that before the step."""
     step = prepare(name, args, shots)[0]
+    forget_peak()
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -30,6 +31,12 @@ def peak_memory(prepare, name, args, shots):
     before = resident_peak()
     step()
     return resident_peak() - before
+
+
+def forget_peak():
+    """Let Linux count this process's peak from now on: preparing may have needed more than the step."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_peak():
