@@ -120,7 +120,7 @@ def measure(text):
         "lines": len(text.splitlines()),
         "code_lines": len(counts),
         "tokens": total,
-        "per_line": total / len(counts),
+        "per_line": total / max(1, len(counts)),
         "longest": longest,
         "nesting": deepest,
     }

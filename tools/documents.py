@@ -65,7 +65,13 @@ def modulation_run(row):
 
 def change(what):
     """What a column shows of a row: by how much accuracy changes with another v, or with filters scaled back."""
-    return lambda row: "{mean:+.2f} ± {ci95:.2f}".format(**row["change"][what]["overall"])
+
+    def cell(row):
+        if what not in row["change"]:  # of a single mode there is no other
+            return "-"
+        return "{mean:+.2f} ± {ci95:.2f}".format(**row["change"][what]["overall"])
+
+    return cell
 
 
 def modulation_table(rows):
