@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 
+MOST_DRAWS = 160  # random numbers in a row of `Draws`; changing it changes every drawing
+
 
 def uniform(name, block, count):
     """Random numbers (count,) in [0, 1): the first of block `block` of the stream that `name` stands for.
@@ -12,9 +14,11 @@ def uniform(name, block, count):
     The raw bits of Philox are fixed for all versions of numpy; only arithmetic on integers and doubles follows.
     """
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # a folder's name may be no UTF-8
-    key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
-    bits = np.random.Philox(key=key, counter=[0, block, 0, 0]).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    key = int.from_bytes(digest[:16], "little")
+    generator = np.random.Philox(key=key, counter=[0, block, 0, 0])
+    bits = generator.random_raw(count)
+    highest = bits >> np.uint64(11)  # 53 bits, as many as a double holds
+    return highest * 2.0**-53
 
 
 def distinct(u, counts):
@@ -25,9 +29,10 @@ def distinct(u, counts):
     R, k = u.shape
     rows = np.arange(R)
     numbers = np.arange(counts.max(), dtype=np.int32)
-    deck = np.tile(numbers, (R, 1))
+    deck = np.tile(numbers, (R, 1))  # (R, largest count)
     for i in range(k):
-        j = i + (u[:, i] * (counts - i)).astype(np.int64)
+        steps = u[:, i] * (counts - i)
+        j = i + steps.astype(np.int64)  # (R,) a place from i on, below the row's count
         chosen = deck[rows, j]
         deck[rows, j] = deck[:, i]
         deck[:, i] = chosen
@@ -41,24 +46,31 @@ class Draws:
     """
 
     def __init__(self, name, rows=1):
-        digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-        key = int.from_bytes(digest[:16], "little")
-        bits = np.random.Philox(key=key).random_raw(rows * 160).reshape(rows, 160)
-        self.table = (bits >> np.uint64(11)) * 2.0**-53  # in [0, 1)
-        self.columns = iter(range(160))  # every draw uses up one column
+        numbers = uniform(name, 0, rows * MOST_DRAWS)
+        self.table = numbers.reshape(rows, MOST_DRAWS)
+        self.columns = iter(range(MOST_DRAWS))  # every draw uses up one column
 
     def __call__(self, low, high):
         """Uniform in [low, high), (rows, 1, 1): broadcasts against the grid (images, size, size)."""
-        return low + (high - low) * self.table[:, next(self.columns), None, None]
+        u = self.table[:, next(self.columns)]
+        return low + (high - low) * u[:, None, None]
 
     def choice(self, options):
         """One of the options, for a whole class."""
-        return options[int(self.table[0, next(self.columns)] * len(options))]
+        u = self.table[0, next(self.columns)]
+        return options[int(u * len(options))]
 
     def colour(self, saturation, value, hue=(0, 1)):
-        """Colours (3, rows, 1, 1) from these ranges of a colour wheel (0 red, 1/3 green, 2/3 blue)."""
+        """Colours (3, rows, 1, 1): red, green, blue. Each argument is a range, (least, most).
+
+        hue is a place on the colour wheel (0 red, 1/3 green, 2/3 blue), saturation 0 is grey, value 0 is black.
+        """
         h = self(*hue)
         s = self(*saturation)
         v = self(*value)
-        wheel = np.stack([0.5 + 0.5 * np.cos(2 * np.pi * (h - primary / 3)) for primary in range(3)])
-        return v * (1 - s * (1 - wheel))
+        primaries = []
+        for primary in (0, 1 / 3, 2 / 3):
+            angle = 2 * np.pi * (h - primary)
+            primaries.append(0.5 + 0.5 * np.cos(angle))
+        pure = np.stack(primaries)  # (3, rows, 1, 1) in [0, 1]
+        return v * (1 - s * (1 - pure))
