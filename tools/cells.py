@@ -48,15 +48,15 @@ EVERY_TASK = "classification depth normals vanishing"
 
 def kml():
     """KML, Table 1, whose runs Table 2 is made of, too."""
+    table = "KML, Table 1"
     for setting, modes in SETTINGS.items():
         for i, shots in enumerate((1, 5)):
             to = f"--modes {modes} --shots {shots}"
+            column = f"{setting}, {shots}-shot"
             for method, command in KML_METHODS.items():
                 name = f"kml/{setting}/{shots}shot/{method.lower()}"
                 paper = TABLE1[setting][method][i]
-                yield Cell(
-                    name, command.format(to=to), "KML, Table 1", method, f"{setting}, {shots}-shot", paper
-                )
+                yield Cell(name, command.format(to=to), table, method, column, paper)
 
 
 def kml_one_mode():
@@ -64,24 +64,24 @@ def kml_one_mode():
 
     Multi-MAML's settings are those of MMAML's released code.
     """
+    table = "KML, Table 1"
+    besides = "KML on one mode"
     for mode in SETTINGS["5mode"].split():
-        inner, budget = "--inner-lr 0.01 --inner-steps 5", "--meta-batch 4 --iterations 80000"
+        inner = "--inner-lr 0.01 --inner-steps 5"
+        budget = "--meta-batch 4 --iterations 80000"
         if mode == "omniglot":
-            inner, budget = "--inner-lr 0.4 --inner-steps 1", "--meta-batch 10 --iterations 60000"
+            inner = "--inner-lr 0.4 --inner-steps 1"
+            budget = "--meta-batch 10 --iterations 60000"
         for shots in (1, 5):
-            to, at, column = (
-                f"--modes {mode} --shots {shots}",
-                f"kml/{mode}/{shots}shot",
-                f"{mode}, {shots}-shot",
-            )
+            to = f"--modes {mode} --shots {shots}"
+            at = f"kml/{mode}/{shots}shot"
+            column = f"{mode}, {shots}-shot"
             maml = f"mmaml.py {to} --modulation none {inner}"
             protonet = f"mprotonet.py {to} --modulation none"
-            yield Cell(f"{at}/multi-maml", maml, "KML, Table 1", "Multi-MAML", column, budget=budget)
-            yield Cell(f"{at}/multi-protonet", protonet, "KML, Table 1", "Multi-ProtoNet", column)
-            yield Cell(f"{at}/mmaml+kml", f"kml.py {to}", "KML on one mode", "MMAML+KML", column)
-            yield Cell(
-                f"{at}/mprotonet+kml", f"mprotonet.py {to}", "KML on one mode", "MProtoNet+KML", column
-            )
+            yield Cell(f"{at}/multi-maml", maml, table, "Multi-MAML", column, budget=budget)
+            yield Cell(f"{at}/multi-protonet", protonet, table, "Multi-ProtoNet", column)
+            yield Cell(f"{at}/mmaml+kml", f"kml.py {to}", besides, "MMAML+KML", column)
+            yield Cell(f"{at}/mprotonet+kml", f"mprotonet.py {to}", besides, "MProtoNet+KML", column)
 
 
 def modgrad_few_shot():
@@ -89,29 +89,27 @@ def modgrad_few_shot():
 
     MAML on ModGrad's two layers with its step is the control that the paper lacks.
     """
+    table = "ModGrad, Table 2"
     names = {"modgrad": "ModGrad", "maml": "MAML", "metasgd": "Meta-SGD", "cavia": "CAVIA", "tnet": "T-Net"}
     for i, shots in enumerate((1, 5)):
-        to, column = f"modgrad.py --modes miniimagenet --shots {shots}", f"{shots}-shot"
+        to = f"modgrad.py --modes miniimagenet --shots {shots}"
         at = f"modgrad/table2/{shots}shot"
+        column = f"{shots}-shot"
         for algorithm, row in names.items():
-            yield Cell(
-                f"{at}/{algorithm}",
-                f"{to} --algorithm {algorithm}",
-                "ModGrad, Table 2",
-                row,
-                column,
-                MODGRAD[row][i],
-            )
+            command = f"{to} --algorithm {algorithm}"
+            yield Cell(f"{at}/{algorithm}", command, table, row, column, MODGRAD[row][i])
         control = f"{to} --algorithm maml --adapt conv3 conv4 --steps 1 --alpha 0.1"
-        yield Cell(f"{at}/maml-same-layers", control, "ModGrad, Table 2", "MAML on ModGrad's layers", column)
+        yield Cell(f"{at}/maml-same-layers", control, table, "MAML on ModGrad's layers", column)
         deep = f"{to} --backbone wrn28-10 --augment --keep-every 4000"
         paper = MODGRAD["ModGrad, wrn28-10, `--augment`"][i]
-        yield Cell(f"{at}/modgrad-wrn28-10", deep, "ModGrad, Table 2", "ModGrad, wrn28-10", column, paper)
+        yield Cell(f"{at}/modgrad-wrn28-10", deep, table, "ModGrad, wrn28-10", column, paper)
         for steps in (2, 3, 4, 5):
-            name, row = f"modgrad/table4/{shots}shot/modgrad-{steps}steps", f"ModGrad, `--steps {steps}`"
+            name = f"modgrad/table4/{shots}shot/modgrad-{steps}steps"
+            row = f"ModGrad, `--steps {steps}`"
             yield Cell(name, f"{to} --steps {steps}", "ModGrad, Table 4", row, column, MODGRAD[row][i])
         for rank in (1, 10):
-            name, row = f"modgrad/table5/{shots}shot/modgrad-u{rank}", f"ModGrad, `--rank {rank}`"
+            name = f"modgrad/table5/{shots}shot/modgrad-u{rank}"
+            row = f"ModGrad, `--rank {rank}`"
             yield Cell(name, f"{to} --rank {rank}", "ModGrad, Table 5", row, column, MODGRAD[row][i])
 
 
@@ -122,62 +120,68 @@ def modgrad_more_shots():
     which are enlarged.
     """
     table = "ModGrad, Figure 6"
-    deep, budget = "--backbone resnet34 --augment --keep-every 8000", "--image-size 224 --iterations 33333"
+    deep = "--backbone resnet34 --augment --keep-every 8000"
+    budget = "--image-size 224 --iterations 33333"
     for steps in (5, 10, 20, 30):
         maml = f"--algorithm maml --first-order --steps {steps}"
         for shots in (5, 10, 15, 20):
-            to, at = f"modgrad.py --modes miniimagenet --shots {shots}", f"modgrad/figure6/{shots}shot"
-            yield Cell(
-                f"{at}/maml-{steps}steps", f"{to} {maml}", table, f"MAML, {steps} steps", f"{shots}-shot"
-            )
+            to = f"modgrad.py --modes miniimagenet --shots {shots}"
+            at = f"modgrad/figure6/{shots}shot"
+            column = f"{shots}-shot"
+            yield Cell(f"{at}/maml-{steps}steps", f"{to} {maml}", table, f"MAML, {steps} steps", column)
             if steps == 5 and shots != 5:
-                yield Cell(f"{at}/modgrad", to, table, "ModGrad", f"{shots}-shot")
+                yield Cell(f"{at}/modgrad", to, table, "ModGrad", column)
         for shots in (1, 5):
-            to, at = f"modgrad.py --modes miniimagenet --shots {shots}", f"modgrad/figure6/{shots}shot"
-            name, row = f"{at}/maml-resnet34-{steps}steps", f"MAML, resnet34, {steps} steps"
-            yield Cell(name, f"{to} {maml} {deep}", table, row, f"{shots}-shot", budget=budget)
+            to = f"modgrad.py --modes miniimagenet --shots {shots}"
+            at = f"modgrad/figure6/{shots}shot"
+            column = f"{shots}-shot"
+            name = f"{at}/maml-resnet34-{steps}steps"
+            row = f"MAML, resnet34, {steps} steps"
+            yield Cell(name, f"{to} {maml} {deep}", table, row, column, budget=budget)
             if steps == 5:
-                name, row = f"{at}/modgrad-resnet34", "ModGrad, resnet34"
-                yield Cell(name, f"{to} {deep}", table, row, f"{shots}-shot", budget=budget)
+                name = f"{at}/modgrad-resnet34"
+                yield Cell(name, f"{to} {deep}", table, "ModGrad, resnet34", column, budget=budget)
 
 
-def modgrad_elsewhere():
-    """ModGrad, Table 3 (faces completed from some of their pixels), Figure 5 (alphabets), Figure 8 (reinforcement learning).
+def modgrad_table3():
+    """ModGrad, Table 3: faces completed from some of their pixels.
 
-    In Table 3, MAML with ModGrad's step on the layer that ModGrad adapts is the control that the paper lacks. The
-    half-cheetahs need gymnasium[mujoco].
+    MAML with ModGrad's step on the layer that ModGrad adapts is the control that the paper lacks.
     """
+    table = "ModGrad, Table 3"
     names = {"cnp": "CNP", "maml": "MAML", "cavia": "CAVIA", "modgrad": "ModGrad"}
     for order in ("random", "ordered"):
         for pixels in (10, 100):
-            at, column, table = (
-                f"modgrad/table3/{order}-{pixels}",
-                f"{pixels} {order} pixels",
-                "ModGrad, Table 3",
-            )
             to = f"--pixels {pixels} --order {order}"
+            at = f"modgrad/table3/{order}-{pixels}"
+            column = f"{pixels} {order} pixels"
             for algorithm, row in names.items():
                 command = f"modgrad_completion.py --algorithm {algorithm} {to}"
                 yield Cell(f"{at}/{algorithm}", command, table, row, column, COMPLETION[row][pixels, order])
             control = f"modgrad_completion.py --algorithm maml --adapt fc5 --steps 1 {to}"
             yield Cell(f"{at}/maml-same-layer", control, table, "MAML on ModGrad's layer", column)
+
+
+def modgrad_figure5():
+    """ModGrad, Figure 5: alphabets."""
     names = {"modgrad": "ModGrad", "maml": "MAML", "fomaml": "FOMAML", "reptile": "Reptile"}
     for algorithm, row in names.items():
         command = f"modgrad_multishot.py --algorithm {algorithm}"
         yield Cell(f"modgrad/figure5/{algorithm}", command, "ModGrad, Figure 5", row, "", MULTISHOT.get(row))
+
+
+def modgrad_figure8():
+    """ModGrad, Figure 8: reinforcement learning. The half-cheetahs need gymnasium[mujoco]."""
+    table = "ModGrad, Figure 8"
     names = {"maml": "MAML", "cavia": "CAVIA", "modgrad": "ModGrad"}
     for env in ("navigation", "cheetah-dir", "cheetah-vel"):
         for algorithm, row in names.items():
-            command, name = (
-                f"modgrad_rl.py --env {env} --algorithm {algorithm}",
-                f"modgrad/figure8/{env}/{algorithm}",
-            )
-            yield Cell(name, command, "ModGrad, Figure 8", row, env, RL[row][env], images=False)
+            name = f"modgrad/figure8/{env}/{algorithm}"
+            command = f"modgrad_rl.py --env {env} --algorithm {algorithm}"
+            yield Cell(name, command, table, row, env, RL[row][env], images=False)
             if env == "navigation":
-                again = f"{row}, seed 1"
-                yield Cell(
-                    f"{name}-seed1", f"{command} --seed 1", "ModGrad, Figure 8", again, env, images=False
-                )
+                again = f"{command} --seed 1"
+                yield Cell(f"{name}-seed1", again, table, f"{row}, seed 1", env, images=False)
 
 
 def afr():
@@ -198,14 +202,14 @@ def afr():
             paper = AFR_TABLE2[row]["M"][i] if row in AFR_TABLE2 else None
             at = f"afr/table2/{shots}shot/{name}"
             yield Cell(at, f"{to} {flags}", "AFR, Table 2", row, f"{shots}-shot", paper)
-    single = [(task, task) for task in EVERY_TASK.split()]
+    tasks_of = {task: task for task in EVERY_TASK.split()} | {"multi": EVERY_TASK}
     for filters in (32, 64):
         to = f"--modes scenes --shots 5 --filters {filters} --val-every 1000"
         for modulation in ("none", "am"):
-            for name, tasks in [*single, ("multi", EVERY_TASK)]:
+            for name, tasks in tasks_of.items():
+                at = f"afr/table1/{filters}filters/{name}-{modulation}"
                 command = f"afr.py --tasks {tasks} {to} --modulation {modulation}"
-                at, row = f"afr/table1/{filters}filters/{name}-{modulation}", f"{name}, {modulation}"
-                yield Cell(at, command, "AFR, Table 1", row, f"{filters} filters")
+                yield Cell(at, command, "AFR, Table 1", f"{name}, {modulation}", f"{filters} filters")
 
 
 CELLS = [
@@ -213,7 +217,9 @@ CELLS = [
     *kml_one_mode(),
     *modgrad_few_shot(),
     *modgrad_more_shots(),
-    *modgrad_elsewhere(),
+    *modgrad_table3(),
+    *modgrad_figure5(),
+    *modgrad_figure8(),
     *afr(),
 ]
 
@@ -230,6 +236,17 @@ def command_of(cell, quick=False, synthetic=False):
     return " ".join(words)
 
 
+def chosen(globs):
+    """The cells whose name matches one of the globs; all, if there is none."""
+    if not globs:
+        return CELLS
+    found = []
+    for cell in CELLS:
+        if any(fnmatch.fnmatchcase(cell.name, glob) for glob in globs):
+            found.append(cell)
+    return found
+
+
 def fail(message):
     """Exit with status 2 after one line. (`data.fail` would take the seconds that importing PyTorch takes.)"""
     print(f"cells.py: error: {message}", file=sys.stderr)
@@ -243,12 +260,10 @@ def main():
     p.add_argument("--synthetic", action="store_true", help="procedural images: no download")
     p.error = fail
     args = p.parse_args()
-    chosen = CELLS
-    if args.globs:
-        chosen = [cell for cell in CELLS if any(fnmatch.fnmatchcase(cell.name, glob) for glob in args.globs)]
-    if not chosen:
+    cells = chosen(args.globs)
+    if not cells:
         fail(f"no cell is named like {' '.join(args.globs)}; without a GLOB all are listed")
-    for cell in chosen:
+    for cell in cells:
         print(f"{cell.name}\t{command_of(cell, args.quick, args.synthetic)}")
 
 

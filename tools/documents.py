@@ -96,7 +96,8 @@ def norms_table(rows):
     def factor(layer):
         return lambda row: "{1:.2f} ({0:.2f} to {2:.2f})".format(*row["outputs"][layer]["norm"])
 
-    columns = {"run": modulation_run} | {layer: factor(layer) for layer in rows[0]["outputs"]}
+    columns = {"run": modulation_run}
+    columns |= {layer: factor(layer) for layer in rows[0]["outputs"]}
     columns["accuracy with former norms"] = change("filters scaled back")
     return reading.table(rows, columns)
 
@@ -136,8 +137,9 @@ def trials_table(folder):
         def show(name):
             if value not in found[name]:
                 return "-"
+            best = max(found[name].values())
             text = f"{found[name][value]:.2f}"
-            return f"**{text}**" if found[name][value] == max(found[name].values()) else text
+            return f"**{text}**" if found[name][value] == best else text
 
         return show
 
@@ -167,7 +169,28 @@ def bench_tables(file):
     if file.name == "bench-gpu.json":
         return bench_gpu.gpu_table(record)
     args = argparse.Namespace(**record["args"])
-    return "\n".join(show(record[part], args) for part, show in bench.TABLES.items() if part in record)
+    parts = []
+    for part, show in bench.TABLES.items():
+        if part in record:
+            parts.append(show(record[part], args))
+    return "\n".join(parts)
+
+
+def modulation_tables(files):
+    """Files modulation.json -> Markdown, with both tables of what they hold."""
+    rows = []
+    for file in files:
+        rows += json.loads(file.read_text())
+    text = modulation_table(rows)
+    measured = [row for row in rows if "filters scaled back" in row["change"]]  # older files have no norms
+    return f"{text}\n{norms_table(measured)}" if measured else text
+
+
+def gradients_tables(file):
+    """A file gradients.json -> Markdown, with the tables of noise and of spectra."""
+    found = json.loads(file.read_text())["found"]
+    measured = [row for row in found if row.get("spectrum")]
+    return f"{inspect_gradients.noise_table(found)}\n\n{inspect_gradients.spectrum_table(measured)}\n"
 
 
 def source(places):
@@ -178,23 +201,19 @@ def source(places):
             fail(
                 f"a marker asks for tables of {path}, which is not there: run this from the repository's root"
             )
+    first = paths[0]
     if all(path.name == "modulation.json" for path in paths):
-        rows = [row for path in paths for row in json.loads(path.read_text())]
-        measured = [
-            row for row in rows if "filters scaled back" in row["change"]
-        ]  # older files have no norms
-        return modulation_table(rows) + ("\n" + norms_table(measured) if measured else "")
-    if paths[0].name == "gradients.json":
-        found = json.loads(paths[0].read_text())["found"]
-        shown = [row for row in found if row.get("spectrum")]
-        return f"{inspect_gradients.noise_table(found)}\n\n{inspect_gradients.spectrum_table(shown)}\n"
-    if paths[0].name.startswith("bench-"):
-        return bench_tables(paths[0])
-    if not paths[0].is_dir():
-        fail(f"a marker asks for tables of {paths[0]}, which is no folder of results, nor a file of a tool")
-    if any(map(TRIAL.fullmatch, (child.name for child in paths[0].iterdir()))):
-        return trials_table(paths[0])
-    return tables.make(paths, Path("results"))[0]
+        return modulation_tables(paths)
+    if first.name == "gradients.json":
+        return gradients_tables(first)
+    if first.name.startswith("bench-"):
+        return bench_tables(first)
+    if not first.is_dir():
+        fail(f"a marker asks for tables of {first}, which is no folder of results, nor a file of a tool")
+    if any(TRIAL.fullmatch(child.name) for child in first.iterdir()):
+        return trials_table(first)
+    text, _ = tables.make(paths, Path("results"))
+    return text
 
 
 def chosen(words, known, places):
@@ -208,23 +227,68 @@ def chosen(words, known, places):
     return found
 
 
+def chosen_columns(head, places, options):
+    """Which columns of a table to show -> {place in a row: what stands in the head}."""
+    left_out = chosen(options["without"], head, places) if "without" in options else ()
+    if "columns" in options:
+        names = chosen(options["columns"], head, places)
+        return {head.index(old): new for old, new in names.items()}
+    return {place: name for place, name in enumerate(head) if name not in left_out}
+
+
+def chosen_rows(rows, places, options):
+    """Which rows of a table to show -> list of rows; if the marker names none, all but missing methods."""
+    if "rows" not in options:
+        return [row for row in rows if ": missing" not in row[0]]
+    by_name = {row[0]: row for row in rows}
+    shown = []
+    for old, new in chosen(options["rows"], by_name, places).items():
+        _, *cells = by_name[old]
+        shown.append([new, *cells])
+    return shown
+
+
 def render(number, text, places, options):
     """Table `number` of the Markdown that was made of `places`, with options {key of KEYS: text} -> Markdown."""
     found = markdown_tables(text)
     if not 1 <= number <= len(found):
         fail(f"a marker asks for table {number} of {places}, of which there are {len(found)}")
     head, *rows = found[number - 1]
-    left_out = chosen(options["without"], head, places) if "without" in options else ()
-    columns = [(place, name) for place, name in enumerate(head) if name not in left_out]
-    if "columns" in options:
-        columns = [(head.index(old), new) for old, new in chosen(options["columns"], head, places).items()]
-    shown = [row for row in rows if ": missing" not in row[0]]
-    if "rows" in options:
-        by_name = {row[0]: row for row in rows}
-        shown = [[new, *by_name[old][1:]] for old, new in chosen(options["rows"], by_name, places).items()]
-    lines = [[name for _, name in columns], ["---"] * len(columns)]
-    lines += [[row[place] for place, _ in columns] for row in shown]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    columns = chosen_columns(head, places, options)
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    for row in chosen_rows(rows, places, options):
+        lines.append([row[place] for place in columns])
+    return reading.markdown(lines)
+
+
+def run_of(folder):
+    """The run that lies in a folder, as the tables need it."""
+    (run,) = reading.read_each([folder], reading.read_few_shot)
+    return run
+
+
+def pairs_of_runs(place, folders, pairs):
+    """Pairs of runs as a marker has them -> {name: {folder: (run, other run)}}, of those of the folders that have both."""
+    rows = {}
+    for pair in pairs.split("; "):
+        names, _, shown = pair.partition(" = ")
+        if names.count(" - ") != 1:
+            fail(f"a marker of differences of {place} has the pair {names!r}: write RUN - OTHER = NAME")
+        one, two = names.split(" - ")
+        found = {}
+        for folder in folders:
+            both = folder / one, folder / two
+            if all((run / "result.json").exists() for run in both):
+                found[folder] = tuple(map(run_of, both))
+        if not found:
+            fail(f"a marker asks for {names} in {place}: no folder there has both runs")
+        rows[shown or names] = found
+    return rows
+
+
+def shared_modes(one, two):
+    """The modes that both runs have, in the order of the first."""
+    return [mode for mode in one["modes"] if mode in two["modes"]]
 
 
 def differences(place, pairs):
@@ -232,30 +296,16 @@ def differences(place, pairs):
 
     The mean over seeds is given from three seeds on, with an interval that covers training too (tables.over_seeds).
     """
-
-    def read(folder):
-        (run,) = reading.read_each([folder], reading.read_few_shot)
-        return run
-
     folders = sorted(place.glob("seed[0-9]*")) or [place]
-    rows = {}
-    for pair in pairs.split("; "):
-        names, _, shown = pair.partition(" = ")
-        if names.count(" - ") != 1:
-            fail(f"a marker of differences of {place} has the pair {names!r}: write RUN - OTHER = NAME")
-        one, two = names.split(" - ")
-        found = [f for f in folders if all((f / name / "result.json").exists() for name in (one, two))]
-        if not found:
-            fail(f"a marker asks for {names} in {place}: no folder there has both runs")
-        rows[shown or names] = {f: (read(f / one), read(f / two)) for f in found}
+    rows = pairs_of_runs(place, folders, pairs)
 
     def of_seed(folder):
         def cell(name):
             if folder not in rows[name]:
                 return "-"
             one, two = rows[name][folder]
-            shared = [mode for mode in one["modes"] if mode in two["modes"]]
-            return reading.show(reading.difference(one, two, "paper", shared), "+")
+            found = reading.difference(one, two, "paper", shared_modes(one, two))
+            return reading.show(found, "+")
 
         return cell
 
@@ -263,8 +313,7 @@ def differences(place, pairs):
         measured = list(rows[name].values())
         if len(measured) < 3:
             return "-"
-        one, two = measured[0]
-        shared = [mode for mode in one["modes"] if mode in two["modes"]]
+        shared = shared_modes(*measured[0])
         return reading.show(tables.over_seeds(measured, shared), "+")
 
     columns = {"difference, task by task, paper protocol": lambda name: name}
@@ -276,22 +325,34 @@ def differences(place, pairs):
     return reading.table(rows, columns)
 
 
+def options_of(lines, places):
+    """The lines "key: value" of a marker -> {key of KEYS: text}; exit if there is another key."""
+    options = dict(line.split(": ", 1) for line in lines.strip().splitlines())
+    unknown = [key for key in options if key not in KEYS]
+    if unknown:
+        fail(f"a marker of tables of {places} has {unknown[0]!r}: it can have {', '.join(KEYS)}")
+    return options
+
+
+def made_anew(kind, places, options):
+    """A marker's kind ("table 2", "differences", "validation"), its places and options -> its table, Markdown."""
+    if kind == "differences":
+        if "pairs" not in options:
+            fail(f"a marker of differences of {places} has no line 'pairs: RUN - OTHER = NAME'")
+        return differences(Path(places), options["pairs"])
+    if kind == "validation":
+        return render(1, validation_table(places.split()), places, options)
+    number = int(kind.removeprefix("table "))
+    return render(number, source(places.split()), places, options)
+
+
 def filled(text):
     """A document -> the document with its tables made anew."""
 
     def anew(match):
         opening, kind, places, lines, _, closing = match.groups()
-        options = dict(line.split(": ", 1) for line in lines.strip().splitlines())
-        unknown = [key for key in options if key not in KEYS]
-        if unknown:
-            fail(f"a marker of tables of {places} has {unknown[0]!r}: it can have {', '.join(KEYS)}")
-        if kind == "differences" and "pairs" not in options:
-            fail(f"a marker of differences of {places} has no line 'pairs: RUN - OTHER = NAME'")
-        if kind == "differences":
-            return opening + differences(Path(places), options["pairs"]) + closing
-        if kind == "validation":
-            return opening + render(1, validation_table(places.split()), places, options) + closing
-        return opening + render(int(kind.split()[1]), source(places.split()), places, options) + closing
+        options = options_of(lines, places)
+        return opening + made_anew(kind, places, options) + closing
 
     if len(OPENING.findall(text)) != len(MARKED.findall(text)):
         fail(

@@ -13,116 +13,154 @@ KINDS_OF_LINES = ("-", "--", ":", "-.")
 
 def curves(runs, singles, file):
     """Training accuracy of each run against iterations, a panel per mode -> PNG `file`. Points are means over log lines."""
+    first = runs[0]
+    modes = first["modes"]
+    shown = list(runs)
+    if len(modes) > 1:
+        shown += [run for (_, mode), run in singles.items() if mode in modes]
+    shown.sort(key=label)
+    figure, panels = side_by_side(len(modes), 5 * len(modes) + 2, 4)
+    for mode, axis in zip(modes, panels):
+        for run in shown:
+            if mode in run["modes"]:
+                style = style_of(run, shown)
+                training_accuracy(axis, mode, run, style)
+        axis.set(title=mode)
+        name_axes(axis, "iterations", "accuracy on training tasks, %")
+    legend_of(figure, panels, "outside right center")
+    about = budget_text(first["budget"], first["family"])
+    save(figure, f"{title(first)}\n{about.replace('**', '')}", file)
+
+
+def pyplot():
+    """matplotlib's pyplot, which is to draw into files: no screen is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    modes = runs[0]["modes"]
-    figure, panels = plt.subplots(
-        1, len(modes), figsize=(5 * len(modes) + 2, 4), squeeze=False, layout="constrained"
-    )
-    alone = [run for (_, mode), run in singles.items() if mode in modes and len(modes) > 1]
-    shown = sorted([*runs, *alone], key=label)
-    methods = sorted({label(run, False) for run in shown})
-    seeds = sorted({run["seed"] for run in shown})
+    return pyplot
 
-    def style(run):
-        """A colour for each method, a kind of line for each seed."""
-        turn, colour = divmod(methods.index(label(run, False)), 10)
-        kind = (seeds.index(run["seed"]) + turn) % len(KINDS_OF_LINES)
-        return {"color": f"C{colour}", "linestyle": KINDS_OF_LINES[kind]}
 
-    for mode, axis in zip(modes, panels[0]):
-        for run in (run for run in shown if mode in run["modes"]):
-            log = run["file"].parent / "log.jsonl"
-            points = []
-            for line in read_log(log):
-                if mode in line.get("accuracy", {}):
-                    points.append((line["iteration"], line["accuracy"][mode]))
-            if not points:
-                print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
-                continue
-            name = label(run).replace("`", "")
-            axis.plot(*thinned(points, 40).T, **style(run), label=name, linewidth=1.3)
-        axis.set(title=mode, xlabel="iterations", ylabel="accuracy on training tasks, %")
-        axis.grid(alpha=0.3)
-    lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside right center", fontsize="small")
-    about = budget_text(runs[0]["budget"], runs[0]["family"]).replace("**", "")
-    figure.suptitle(f"{title(runs[0])}\n{about}".strip(), fontsize="medium")
+def side_by_side(count, width, height):
+    """A figure of so many inches, with panels side by side -> (figure, list of its panels)."""
+    size = width, height
+    figure, panels = pyplot().subplots(1, count, figsize=size, squeeze=False, layout="constrained")
+    return figure, list(panels[0])
+
+
+def name_axes(axis, x, y):
+    """Name the two axes of a panel, and draw its grid."""
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+
+
+def with_intervals(axis, x, mean, half_widths, name, **style):
+    """Draw means with their intervals, joined by a line, which the legend calls `name`."""
+    axis.errorbar(x, mean, half_widths, label=plain(name), marker="o", capsize=2, **style)
+
+
+def legend_of(figure, panels, place):
+    """Give a figure one legend of the lines in all its panels, each name once."""
+    lines = {}
+    for axis in panels:
+        for line in axis.get_lines():
+            lines[line.get_label()] = line
+    figure.legend(lines.values(), lines, loc=place, fontsize="small")
+
+
+def save(figure, title, file):
+    """Give a figure its title, and write it to PNG `file`."""
+    figure.suptitle(title.strip(), fontsize="medium")
     figure.savefig(file, dpi=110)
-    plt.close(figure)
+    pyplot().close(figure)
+
+
+def plain(name):
+    """A row's name without the marks of Markdown, for a legend."""
+    return name.replace("`", "")
+
+
+def log_of(run):
+    """The path of a run's log."""
+    return run["file"].parent / "log.jsonl"
+
+
+def style_of(run, shown):
+    """The line of a run among those shown: a colour for each method, a kind of line for each seed."""
+    methods = sorted({label(other, False) for other in shown})
+    seeds = sorted({other["seed"] for other in shown})
+    method = methods.index(label(run, False))
+    seed = seeds.index(run["seed"])
+    turn, colour = divmod(method, 10)  # there are ten colours
+    kind = (seed + turn) % len(KINDS_OF_LINES)
+    return {"color": f"C{colour}", "linestyle": KINDS_OF_LINES[kind]}
+
+
+def training_accuracy(axis, mode, run, style):
+    """Draw a run's accuracy on training tasks of a mode against iterations."""
+    points = []
+    for line in read_log(log_of(run)):
+        if mode in line.get("accuracy", {}):
+            points.append((line["iteration"], line["accuracy"][mode]))
+    if not points:
+        print(f"note: {log_of(run)} cannot be read: no curve of it", file=sys.stderr)
+        return
+    iterations, accuracy = thinned(points, 40).T
+    name = plain(label(run))
+    axis.plot(iterations, accuracy, label=name, linewidth=1.3, **style)
 
 
 def against_steps(runs, about, file):
     """ModGrad's Figure 5: training loss and accuracy on held-out drawings against steps on new alphabets -> PNG `file`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (left, right) = side_by_side(2, 11, 4.8)
     for name, run in runs.items():
-        name = name.replace("`", "")
-        mean, half = (np.array(run["curve"][k]) for k in ("mean", "ci95"))
-        left.plot(range(len(mean)), mean, label=name, linewidth=1.3)
-        left.fill_between(range(len(mean)), mean - half, mean + half, alpha=0.15)
-        right.errorbar(
-            run["after"]["steps"],
-            run["after"]["mean"],
-            run["after"]["ci95"],
-            marker="o",
-            capsize=2,
-            label=name,
-        )
-    top = 1.2 * max(run["curve"]["mean"][0] for run in runs.values())  # what diverges leaves the picture
-    left.set(xlabel="steps made", ylabel="loss of the next training batch", ylim=(0, top))
-    right.set(xlabel="steps made", ylabel="accuracy on held-out drawings, %, paper protocol", xscale="log")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", fontsize="small", ncols=3)
-    figure.suptitle(f"Alphabets not trained on\n{about}".strip(), fontsize="medium")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+        mean = np.array(run["curve"]["mean"])
+        half = np.array(run["curve"]["ci95"])
+        steps = range(len(mean))
+        left.plot(steps, mean, label=plain(name), linewidth=1.3)
+        left.fill_between(steps, mean - half, mean + half, alpha=0.15)
+        after = run["after"]
+        with_intervals(right, after["steps"], after["mean"], after["ci95"], name)
+    first = max(run["curve"]["mean"][0] for run in runs.values())
+    left.set(ylim=(0, 1.2 * first))  # what diverges leaves the picture
+    right.set(xscale="log")
+    name_axes(left, "steps made", "loss of the next training batch")
+    name_axes(right, "steps made", "accuracy on held-out drawings, %, paper protocol")
+    lines, names = right.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", fontsize="small", ncols=3)
+    save(figure, f"Alphabets not trained on\n{about}", file)
 
 
 def rl_curves(runs, about, file):
     """ModGrad's Figure 8: left, returns of training tasks before (dotted) and after the update against iterations; right, of test
     tasks against updates, 95 % intervals -> PNG `file`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, (left, right) = side_by_side(2, 10, 4.6)
     methods = sorted({label(run, False) for run in runs})
     first_seed = min(run["seed"] for run in runs)
     for run in runs:
-        style = {
-            "color": f"C{methods.index(label(run, False))}",
-            "alpha": 1.0 if run["seed"] == first_seed else 0.5,
-        }
+        colour = methods.index(label(run, False))
+        opacity = 1.0 if run["seed"] == first_seed else 0.5
+        style = {"color": f"C{colour}", "alpha": opacity}
         returns_of_training(left, run, style)
         returns_of_tests(right, run, style)
-    left.set(xlabel="iterations", ylabel="return on training tasks, before (dotted) and after")
-    right.set(xlabel="inner updates", ylabel="return on test tasks", xticks=range(len(runs[0]["scores"])))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
+    right.set(xticks=range(len(runs[0]["scores"])))
+    name_axes(left, "iterations", "return on training tasks, before (dotted) and after")
+    name_axes(right, "inner updates", "return on test tasks")
     figure.legend(loc="outside lower center", fontsize="small", ncols=3)
-    figure.suptitle(f"{runs[0]['env']}\n{about}".strip(), fontsize="medium")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, f"{runs[0]['env']}\n{about}", file)
 
 
 def returns_of_training(axis, run, style):
     """Draw the returns of a run's training tasks against iterations: dotted before the inner update, a line after it."""
-    log = run["file"].parent / "log.jsonl"
+    points = []
     try:
-        points = [(line["iteration"], line["returns"][0], line["returns"][-1]) for line in read_log(log)]
+        for line in read_log(log_of(run)):
+            returns = line["returns"]
+            points.append((line["iteration"], returns[0], returns[-1]))
         iterations, before, after = thinned(points, 50).T
     except (OSError, ValueError, KeyError):
-        print(f"note: {log} cannot be read: no curve of it", file=sys.stderr)
+        print(f"note: {log_of(run)} cannot be read: no curve of it", file=sys.stderr)
         return
     axis.plot(iterations, after, linewidth=1.4, **style)
     axis.plot(iterations, before, ":", linewidth=1, **style)
@@ -132,11 +170,9 @@ def returns_of_tests(axis, run, style):
     """Draw the mean return of a run's test tasks against inner updates, with 95 % intervals over tasks."""
     scores = run["scores"]  # (updates + 1, tasks)
     updates = range(len(scores))
-    half_widths = 1.96 * scores.std(1, ddof=1) / math.sqrt(scores.shape[1])
-    name = label(run).replace("`", "")
-    axis.errorbar(
-        updates, scores.mean(1), half_widths, capsize=2, marker="o", markersize=3, label=name, **style
-    )
+    deviations = scores.std(1, ddof=1)
+    half_widths = 1.96 * deviations / math.sqrt(scores.shape[1])
+    with_intervals(axis, updates, scores.mean(1), half_widths, label(run), markersize=3, **style)
 
 
 def thinned(points, least):
@@ -145,37 +181,25 @@ def thinned(points, least):
     What does not fill a mean is left out at the log's beginning.
     """
     each = max(1, len(points) // least)
-    points = np.array(points[len(points) % each :])
-    return points.reshape(-1, each, points.shape[-1]).mean(1)
+    rest = len(points) % each
+    points = np.array(points[rest:])
+    neighbours = points.reshape(-1, each, points.shape[-1])
+    return neighbours.mean(1)
 
 
 def against_shots(runs, about, file):
     """ModGrad's Figure 6: accuracy against the number of shots, a line for each configuration -> PNG `file`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in sorted({label(run) for run in runs}):
-        of = sorted((run["shots"], *score(run, "paper", run["modes"])) for run in runs if label(run) == name)
-        axis.errorbar(
-            *zip(*((shots, mean) for shots, mean, _ in of)),
-            [half for *_, half in of],
-            marker="o",
-            capsize=2,
-            label=name.replace("`", ""),
-        )
-    axis.set(
-        xlabel="shots",
-        ylabel="accuracy in %, paper protocol, last parameters",
-        xticks=sorted({run["shots"] for run in runs}),
-    )
-    axis.grid(alpha=0.3)
+    figure, (axis,) = side_by_side(1, 8, 5)
+    first = runs[0]
+    lines = {}
+    for run in runs:
+        point = run["shots"], *score(run, "paper", first["modes"])
+        lines.setdefault(label(run), []).append(point)
+    for name in sorted(lines):
+        shots, means, half_widths = zip(*sorted(lines[name]))
+        with_intervals(axis, shots, means, half_widths, name)
+    axis.set(xticks=sorted({run["shots"] for run in runs}))
+    name_axes(axis, "shots", "accuracy in %, paper protocol, last parameters")
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
-    figure.suptitle(
-        f"{' + '.join(runs[0]['modes'])}, {runs[0]['ways']}-way\n{about}".strip(),
-        fontsize="medium",
-    )
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    modes = " + ".join(first["modes"])
+    save(figure, f"{modes}, {first['ways']}-way\n{about}", file)

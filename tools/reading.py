@@ -1,5 +1,6 @@
 """Result files -> runs, their statistics, and Markdown: what all tables share."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -53,7 +54,8 @@ def read_each(folders, take):
     Ends with one line if a file is not whole: `take` may raise what a missing or misshapen entry raises.
     """
     taken = []
-    for file in sorted({file for folder in folders for file in Path(folder).rglob("result.json")}):
+    files = {file for folder in folders for file in Path(folder).rglob("result.json")}
+    for file in sorted(files):
         try:
             run = take(file, read_result(file))
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
@@ -84,7 +86,8 @@ def read_run(file, run):
     method, options, full = row_of(run, family)
     done = run["iterations"], args["meta_batch"]
     budget = {k: args.get(k, v) for k, v in BUDGET.items()}
-    budget |= {"steps": "paper" if done == full else done, "synthetic": run["synthetic"]}
+    budget["steps"] = "paper" if done == full else done
+    budget["synthetic"] = run["synthetic"]
     return read_few_shot(file, run) | {
         "method": method,
         "family": family,
@@ -100,8 +103,7 @@ def row_of(run, family):
     modes = run["modes"]
     if run["method"] == "MMAML+KML":
         args = {"adapt": "modulated"} | args  # so were runs from before there was this flag
-    usual = OPTIONS | {"lr_halve_every": HALVING[family]}
-    options = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+    options = differing(args, OPTIONS | {"lr_halve_every": HALVING[family]})
     if run["method"] == "ProtoNet" and len(modes) == 1:
         return "Multi-ProtoNet", options, ITERATIONS[family]
     if run["method"] == "MAML" and len(modes) == 1:
@@ -116,6 +118,10 @@ def read_few_shot(file, run):
     """What tables need of any result of few-shot classification: modes, seed, scores by protocol and mode, and so on."""
     modes = run["modes"]
     protocols = {"paper": run["per_task"], "inductive": run["per_task_inductive"]}
+    scores = {}
+    for protocol, values in protocols.items():
+        if values is not None:
+            scores[protocol] = by_mode(values, modes)
     return {
         "modes": modes,
         "seed": run["args"]["seed"],
@@ -124,15 +130,27 @@ def read_few_shot(file, run):
         "file": file,
         "data": dict(zip(modes, images_of(run))),
         "tasks": (modes, len(run["per_task"]), run.get("tasks_sha256")),
-        "scores": {name: by_mode(x, modes) for name, x in protocols.items() if x is not None},
+        "scores": scores,
         "parameters": sum(run["parameters"].values()),
         "seconds": float(run["seconds_per_iteration"]),
     }
 
 
+def differing(args, usual):
+    """The flags of a run that have another value than usual -> dict; a flag that the run does not have counts as usual."""
+    found = {}
+    for flag, value in usual.items():
+        if args.get(flag, value) != value:
+            found[flag] = args[flag]
+    return found
+
+
 def by_mode(values, modes):
     """Values of tasks, whose modes take turns -> {mode: array}."""
-    return {mode: np.array(values[m :: len(modes)], dtype=float) for m, mode in enumerate(modes)}
+    found = {}
+    for m, mode in enumerate(modes):
+        found[mode] = np.array(values[m :: len(modes)], dtype=float)
+    return found
 
 
 def absent(method, modes=()):
@@ -154,12 +172,13 @@ def joined(method, modes, singles):
     of = [singles.get((method, mode)) for mode in modes]
     if None in of:
         return absent(method, [mode for mode, run in zip(modes, of) if run is None])
+    scores = {}
+    for protocol in ("paper", "inductive"):
+        measured = [run["scores"].get(protocol) for run in of]
+        if None not in measured:
+            scores[protocol] = {mode: found[mode] for mode, found in zip(modes, measured)}
     return absent(method) | {
-        "scores": {
-            protocol: {mode: run["scores"][protocol][mode] for mode, run in zip(modes, of)}
-            for protocol in ("paper", "inductive")
-            if all(protocol in run["scores"] for run in of)
-        },
+        "scores": scores,
         "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
         "variant": any(run.get("variant") for run in of),
         "parameters": sum(run["parameters"] for run in of),
@@ -172,110 +191,186 @@ def on_the_same_tasks(runs, modes):
     Test task j of a mode is the same for every run: of each mode, the first n tasks are kept, n the smallest number there.
     """
     measured = [run["scores"]["paper"] for run in runs if run["scores"]]
-    count = {mode: min(len(scores[mode]) for scores in measured) for mode in modes}
+    count = {}
+    for mode in modes:
+        count[mode] = min(len(scores[mode]) for scores in measured)
     cut = []
     for run in runs:
-        scores = {
-            protocol: {mode: x[: count[mode]] for mode, x in of.items()}
-            for protocol, of in run["scores"].items()
-        }
+        scores = {}
+        for protocol, of in run["scores"].items():
+            scores[protocol] = {mode: x[: count[mode]] for mode, x in of.items()}
         cut.append(run | {"scores": scores})
     return cut
 
 
 def interval(strata):
     """Arrays of values, one per mode -> mean of their means, half width of its 95 % interval."""
-    means, variances = [x.mean() for x in strata], [x.var(ddof=1) / len(x) for x in strata]
-    return float(np.mean(means)), 1.96 * math.sqrt(sum(variances)) / len(strata)
+    means = [x.mean() for x in strata]
+    variances = [x.var(ddof=1) / len(x) for x in strata]
+    half_width = 1.96 * math.sqrt(sum(variances)) / len(strata)
+    return float(np.mean(means)), half_width
 
 
 def score(run, protocol, modes):
     """Accuracy over `modes`, in % -> (mean, interval), or None where there is none."""
-    return interval([run["scores"][protocol][mode] for mode in modes]) if protocol in run["scores"] else None
+    if protocol not in run["scores"]:
+        return None
+    of = run["scores"][protocol]
+    return interval([of[mode] for mode in modes])
+
+
+def number_of_tasks(run):
+    """How many test tasks a run has, all modes together."""
+    return sum(map(len, run["scores"]["paper"].values()))
 
 
 def images_of(run):
     """What the images of a run's modes are, from its result file -> list. The fingerprint of real images is left out: it was made of
     file times once, so that a copy of an archive had another. Which classes and images were drawn is in tasks_sha256."""
-    return [name if run["synthetic"] else re.sub(r"-[0-9a-f]{12}$", "", name) for name in run["data"]]
+    if run["synthetic"]:
+        return list(run["data"])
+    return [re.sub(r"-[0-9a-f]{12}$", "", name) for name in run["data"]]
 
 
 def difference(a, b, protocol, modes):
     """Accuracy of run a minus that of b on the tasks they share -> (mean, interval), or None where there are none."""
-    if not all(protocol in run["scores"] for run in (a, b)) or any(
-        a["data"][m] != b["data"][m] for m in modes
-    ):
+    if protocol not in a["scores"] or protocol not in b["scores"]:
         return None
-    one, two = a.get("tasks"), b.get("tasks")  # modes, number, hash
+    if any(a["data"][mode] != b["data"][mode] for mode in modes):
+        return None
+    one = a.get("tasks")  # modes, number, hash
+    two = b.get("tasks")
     if one and two and one[:2] == two[:2] and one != two:
         return None
-    pairs = [(a["scores"][protocol][m], b["scores"][protocol][m]) for m in modes]
-    return interval([x[: len(y)] - y[: len(x)] for x, y in pairs])  # task j is the same in every run
+    return interval([gains(a, b, protocol, mode) for mode in modes])
+
+
+def gains(a, b, protocol, mode):
+    """Accuracy of run a minus that of b, task by task: task j of a mode is the same in every run -> array."""
+    x = a["scores"][protocol][mode]
+    y = b["scores"][protocol][mode]
+    return x[: len(y)] - y[: len(x)]
 
 
 def show(value, sign=""):
-    return "-" if value is None else f"{value[0]:{sign}.2f} ± {value[1]:.2f}"
+    """(mean, interval), or None -> the text of a cell."""
+    if value is None:
+        return "-"
+    mean, half_width = value
+    return f"{mean:{sign}.2f} ± {half_width:.2f}"
+
+
+def flag_text(name, value):
+    """A flag as a command has it."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"
 
 
 def label(run, seed=True):
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in run["options"].items()]
-    return ", ".join(
-        [
-            run["method"],
-            *([f"`{' '.join(flags)}`"] if flags else []),
-            *([f"seed {run['seed']}"] if seed and run["seed"] != run.get("first_seed", run["seed"]) else []),
-        ]
-    )
+    """What a row calls a run: its method, its flags and, if it is to be named, a seed other than the table's first."""
+    words = [run["method"]]
+    flags = [flag_text(name, value) for name, value in run["options"].items()]
+    if flags:
+        words.append(f"`{' '.join(flags)}`")
+    if seed and run["seed"] != run.get("first_seed", run["seed"]):
+        words.append(f"seed {run['seed']}")
+    return ", ".join(words)
+
+
+def without_step_size(run):
+    """The run without its flag --alpha, so that its label is that of runs with other step sizes."""
+    options = dict(run["options"])
+    options.pop("alpha", None)
+    return run | {"options": options}
+
+
+def of_one_seed(ours, runs):
+    """Pairs of runs to compare: each of `ours` with every other run of its seed."""
+    pairs = []
+    for one, two in itertools.product(ours, runs):
+        if two is not one and two["seed"] == one["seed"]:
+            pairs.append((one, two))
+    return pairs
+
+
+def markdown(lines):
+    """Lists of cells, the second of them dashes -> a Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def table(rows, columns):
     """Objects and {head: function that makes the object's cell} -> a Markdown table."""
-    lines = [
-        list(columns),
-        ["---"] * len(columns),
-        *([str(cell(row)) for cell in columns.values()] for row in rows),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [list(columns), ["---"] * len(columns)]
+    for row in rows:
+        lines.append([str(cell(row)) for cell in columns.values()])
+    return markdown(lines)
+
+
+def in_bold(remarks):
+    """Remarks -> Markdown, each a sentence in bold; those without text are left out."""
+    return " ".join(f"**{remark}.**" for remark in remarks if remark)
+
+
+def headed(title, about):
+    """A title and the remarks beneath it, of which those without text are left out -> Markdown."""
+    remarks = " ".join(remark for remark in about if remark)
+    return f"### {title}\n\n{remarks}\n"
 
 
 def budget_text(budget, family):
     """What is not the paper's -> Markdown, "" if nothing is."""
     budget = dict(budget)
-    words = [
-        f"{budget[key]} {UNITS[key]} instead of {usual}"
-        for key, usual in BUDGET.items()
-        if budget[key] != usual
-    ]
+    words = []
+    for key, usual in BUDGET.items():
+        if budget[key] != usual:
+            words.append(f"{budget[key]} {UNITS[key]} instead of {usual}")
     if budget["steps"] != "paper":
-        (ours, batch), (theirs, usual) = budget["steps"], ITERATIONS[family]
+        ours, batch = budget["steps"]
+        theirs, usual = ITERATIONS[family]
         words.append(f"{ours:,} iterations of {batch} tasks instead of {theirs:,} of {usual}")
-    return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
+    images = "Synthetic images" if budget["synthetic"] else ""
+    return in_bold([images, ", ".join(words)])
 
 
 def setting_name(modes):
-    names = [name for name, of in SETTINGS.items() if of == set(modes) and len(of) == len(modes)]
-    return names[0] if names else "+".join(modes)
+    """The paper's name of a list of modes, or else their own names."""
+    for name, of in SETTINGS.items():
+        if of == set(modes) and len(of) == len(modes):
+            return name
+    return "+".join(modes)
 
 
 def title(run):
-    name, modes = setting_name(run["modes"]), " + ".join(run["modes"])
-    return f"{run['family']} family, {name}{f' ({modes})' * (name in SETTINGS)}, {run['ways']}-way {run['shots']}-shot"
+    """The head of a run's table."""
+    name = setting_name(run["modes"])
+    if name in SETTINGS:
+        name += f" ({' + '.join(run['modes'])})"
+    return f"{run['family']} family, {name}, {run['ways']}-way {run['shots']}-shot"
 
 
 def slug(run):
     """A run's table as a file name."""
     budget = dict(run["budget"])
-    steps = [] if budget["steps"] == "paper" else ["{}x{}".format(*budget["steps"])]
-    words = [
-        *(["synthetic"] if budget["synthetic"] else []),
-        run["family"],
-        setting_name(run["modes"]),
-        f"{run['ways']}way",
-        f"{run['shots']}shot",
-        *(str(budget[k]) for k in BUDGET if budget[k] != BUDGET[k]),
-        *steps,
-    ]
+    words = ["synthetic"] if budget["synthetic"] else []
+    words += [run["family"], setting_name(run["modes"])]
+    words += [f"{run['ways']}way", f"{run['shots']}shot"]
+    words += [str(budget[key]) for key, usual in BUDGET.items() if budget[key] != usual]
+    if budget["steps"] != "paper":
+        words.append("{}x{}".format(*budget["steps"]))
     return "-".join(words).lower()
+
+
+def last_validation(run):
+    """The accuracy on validation classes that a trial's log ends with -> {"mean", "ci95"}; exit if there is none."""
+    folder = run["file"].parent
+    try:
+        measured = [line["validation"] for line in read_log(folder / "log.jsonl") if "validation" in line]
+        last = measured[-1]
+        if "accuracy" in last:
+            return last["accuracy"]  # multi-shot
+        return last["paper"]["overall"]  # few-shot
+    except (OSError, ValueError, KeyError, IndexError):
+        fail(f"{folder} is a trial without validation in its log: train it with --val-every, or remove it")
 
 
 def trials_block(runs, setting, about):
@@ -283,26 +378,18 @@ def trials_block(runs, setting, about):
     A trial is a run in a folder called `trials`; it stands in no other table. Each run: {"file", "method", "options", "seed", "alpha"}."""
     found = {}
     for run in runs:
-        try:
-            lines = read_log(run["file"].parent / "log.jsonl")
-            last = [line["validation"] for line in lines if "validation" in line][-1]
-            last = (
-                last["accuracy"] if "accuracy" in last else last["paper"]["overall"]
-            )  # multi-shot, few-shot
-        except (OSError, ValueError, KeyError, IndexError):
-            fail(
-                f"{run['file'].parent} is a trial without validation in its log: train it with --val-every, or remove it"
-            )
-        name = label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}})
-        found.setdefault(name, []).append((run["alpha"], last["mean"], last["ci95"]))
+        last = last_validation(run)
+        trials = found.setdefault(label(without_step_size(run)), [])
+        trials.append((run["alpha"], last["mean"], last["ci95"]))
 
     def cells(name):
         best = max(found[name], key=lambda trial: trial[1])
-        shown = [f"{alpha:g}: {mean:.2f} ± {half:.2f}" for alpha, mean, half in sorted(found[name])]
-        return ", ".join(
-            f"**{text}**" if trial is best else text for text, trial in zip(shown, sorted(found[name]))
-        )
+        shown = []
+        for trial in sorted(found[name]):
+            text = "{:g}: {:.2f} ± {:.2f}".format(*trial)
+            shown.append(f"**{text}**" if trial is best else text)
+        return ", ".join(shown)
 
-    return f"### Trials of step sizes on validation classes, {setting}\n\n{about}\n\n" + table(
-        sorted(found), {"method": str, "size of an inner step: accuracy in %, paper protocol": cells}
-    )
+    head = f"### Trials of step sizes on validation classes, {setting}\n\n{about}\n\n"
+    columns = {"method": str, "size of an inner step: accuracy in %, paper protocol": cells}
+    return head + table(sorted(found), columns)

@@ -15,6 +15,7 @@ Intervals, 95 %, are over test tasks; modes are strata: overall is the mean of t
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -31,9 +32,12 @@ from tools.reading import (
     absent,
     budget_text,
     difference,
+    gains,
+    headed,
     interval,
     joined,
     label,
+    number_of_tasks,
     on_the_same_tasks,
     read,
     score,
@@ -63,14 +67,22 @@ def pairs(runs, methods):
     have no flags: of its own method, and of the family's first."""
     usual = {(run["method"], run["seed"]): run for run in runs if not run["options"]}
     main = {run["method"]: run for run in runs if label(run) == run["method"]}
-    found = [(main.get(methods[i]), main.get(methods[j])) for i, j in PAIRS]
+    found = []
+    for i, j in PAIRS:
+        found.append((main.get(methods[i]), main.get(methods[j])))
     for run in runs:
-        if label(run) != run["method"]:
-            found += [
-                (run, usual.get((method, run["seed"])))
-                for method in dict.fromkeys((run["method"], methods[0]))
-            ]
-    return [(a, b) for a, b in found if a and b and a is not b and a["scores"] and b["scores"]]
+        if label(run) == run["method"]:
+            continue
+        for method in dict.fromkeys((run["method"], methods[0])):
+            found.append((run, usual.get((method, run["seed"]))))
+    return [pair for pair in found if is_measured(*pair)]
+
+
+def is_measured(one, two):
+    """Whether a pair is of two runs, and both have results."""
+    if not one or not two or one is two:
+        return False
+    return bool(one["scores"] and two["scores"])
 
 
 def by_seed(rows, reference, modes):
@@ -94,15 +106,18 @@ def by_seed(rows, reference, modes):
         found = []
         for seed in seeds:
             run = runs[name].get(seed)
-            found.append(show(score(run, protocol, modes)) if run else "-")
+            found.append(show(score(run, protocol, modes) if run else None))
         return ", ".join(found)
 
     def minus(name, protocol):
         found = []
         for seed in seeds:
-            run, other = runs[name].get(seed), base.get(seed)
-            compared = run and other and run is not other
-            found.append(show(difference(run, other, protocol, modes), "+") if compared else "-")
+            run = runs[name].get(seed)
+            other = base.get(seed)
+            compared = None
+            if run and other and run is not other:
+                compared = difference(run, other, protocol, modes)
+            found.append(show(compared, "+"))
         return ", ".join(found)
 
     at = f"seeds {', '.join(map(str, seeds[:-1]))} and {seeds[-1]}"
@@ -144,15 +159,15 @@ def over_seeds(pairs, modes):
     Seeds are the outer level: their differences vary with training, which gives Student's t over n seeds. All seeds
     share their test tasks, so the interval over tasks, of the differences averaged over seeds, is added in quadrature.
     """
-    means, per_mode = [], {mode: [] for mode in modes}
+    means = []
+    per_mode = {mode: [] for mode in modes}
     for one, two in pairs:
         found = difference(one, two, "paper", modes)
         if found is None:
             return None
         means.append(found[0])
         for mode in modes:
-            x, y = one["scores"]["paper"][mode], two["scores"]["paper"][mode]
-            per_mode[mode].append(x[: len(y)] - y[: len(x)])
+            per_mode[mode].append(gains(one, two, "paper", mode))
     n = len(pairs)
     training = student(n) * np.std(means, ddof=1) / math.sqrt(n)
     over_pairs = []
@@ -170,11 +185,12 @@ def common_flags(runs, keys):
     for run in runs:
         groups.setdefault(tuple(run[k] for k in keys), []).append(run)
     for group in groups.values():
-        first = group[0]["options"]
-        shared = {k: v for k, v in first.items() if all(run["options"].get(k) == v for run in group)}
+        shared = shared_options(group)
         seed = min(run["seed"] for run in group)
         one_seed = all(run["seed"] == seed for run in group)
-        said = shared | ({"seed": seed} if seed and one_seed else {})
+        said = dict(shared)
+        if seed and one_seed:
+            said["seed"] = seed
         flags = label({"method": "", "options": said, "seed": None})
         remarks = [f"All{flags.removeprefix(',')}."] if flags else []
         if seed and not one_seed:
@@ -183,6 +199,15 @@ def common_flags(runs, keys):
         for run in group:
             run["options"] = {k: v for k, v in run["options"].items() if k not in shared}
             run |= {"first_seed": seed, "common": " ".join(remarks), "variant": variant}
+
+
+def shared_options(runs):
+    """The flags that all runs have, with the same value -> dict."""
+    shared = {}
+    for name, value in runs[0]["options"].items():
+        if all(run["options"].get(name) == value for run in runs):
+            shared[name] = value
+    return shared
 
 
 def block(runs, singles):
@@ -194,7 +219,7 @@ def block(runs, singles):
     methods = FAMILIES[first["family"]]
     modes = first["modes"]
     rows = in_order(runs, singles)
-    count = max(sum(map(len, run["scores"]["paper"].values())) for run in rows if run["scores"])
+    count = max(number_of_tasks(run) for run in rows if run["scores"])
     about = [
         budget_text(first["budget"], first["family"]),
         first.get("common", ""),
@@ -203,7 +228,7 @@ def block(runs, singles):
         *sorted({run["note"] for run in runs if run.get("note")}),
     ]
     parts = [
-        f"### {title(first)}\n\n{' '.join(x for x in about if x)}\n",
+        headed(title(first), about),
         accuracies(rows, first),
         differences(pairs(rows, methods), first),
         by_seed(rows, methods[0], modes),
@@ -229,11 +254,12 @@ def in_order(runs, singles):
 
 def published_of(first):
     """What KML's paper has of a run's setting -> (Table 1 {method: accuracy at 1 and 5 shots}, Table 2 {mode: the same})."""
-    comparable = first["ways"] == 5 and first["shots"] in (1, 5) and not dict(first["budget"])["synthetic"]
-    setting = setting_name(first["modes"])
-    if not comparable:
+    papers_task = first["ways"] == 5 and first["shots"] in (1, 5)
+    if not papers_task or dict(first["budget"])["synthetic"]:
         return {}, {}
-    return TABLE1.get(setting, {}), TABLE2 if setting == "2mode-dagger" else {}
+    setting = setting_name(first["modes"])
+    table2 = TABLE2 if setting == "2mode-dagger" else {}
+    return TABLE1.get(setting, {}), table2
 
 
 def is_variant(run):
@@ -246,20 +272,26 @@ def accuracies(rows, first):
     modes = first["modes"]
     several = modes if len(modes) > 1 else []
     table1, table2 = published_of(first)
-    five = first["shots"] == 5
+    place = 1 if first["shots"] == 5 else 0  # in the paper's pairs, 1-shot and 5-shot
 
     def missing(run):
+        if run["scores"]:
+            return ""
         of = f" ({', '.join(run['missing'])})" if run.get("missing") else ""
-        return "" if run["scores"] else f": missing{of}"
+        return f": missing{of}"
 
     def overall(protocol):
         return lambda run: show(score(run, protocol, modes))
 
     def of_mode(mode):
-        return lambda run: " / ".join(show(score(run, x, [mode])) for x in ("paper", "inductive"))
+        def cell(run):
+            found = [score(run, protocol, [mode]) for protocol in ("paper", "inductive")]
+            return " / ".join(map(show, found))
+
+        return cell
 
     def published(numbers):
-        return lambda run: "-" if is_variant(run) else show(numbers[run["method"]][five])
+        return lambda run: "-" if is_variant(run) else show(numbers[run["method"]][place])
 
     columns = {
         "method": lambda run: label(run) + missing(run),
@@ -281,7 +313,7 @@ def differences(compared, first):
     modes = first["modes"]
     several = modes if len(modes) > 1 else []
     table1, _ = published_of(first)
-    five = first["shots"] == 5
+    place = 1 if first["shots"] == 5 else 0  # in the paper's pairs, 1-shot and 5-shot
 
     def minus(protocol, modes):
         return lambda pair: show(difference(*pair, protocol, modes), "+")
@@ -289,7 +321,7 @@ def differences(compared, first):
     def published(pair):
         if any(is_variant(run) for run in pair):
             return "-"
-        one, two = (table1[run["method"]][five][0] for run in pair)
+        one, two = (table1[run["method"]][place][0] for run in pair)
         return f"{one - two:+.2f}"
 
     columns = {
@@ -303,6 +335,24 @@ def differences(compared, first):
     return table(compared, columns) if compared else ""
 
 
+def transference_part(record):
+    """What one transference.json holds -> Markdown."""
+    of = record["setting"]
+    few = min(transference.FEW_SOURCES, of["source_tasks"])
+    shares = [*transference.HEAD, *map(transference.shares_row, record["found"])]
+    if of["alpha"] == "auto":
+        size = f"self-transference {of['self_transference']}"
+    else:
+        size = f"alpha {of['alpha']}"
+    parts = [
+        f"### {record['about']}, {' and '.join(of['at'])}",
+        f"Step on {of['update']} parameters, {size}; 95 % intervals over resampled sources and targets.",
+        "\n".join(shares),
+        *transference.other_tables(record["found"], few),
+    ]
+    return "".join(f"{part}\n\n" for part in parts)
+
+
 def transference_tables(folders):
     """What transference.py measured under the folders -> parts of tables.md, with links to its figures, relative to the FOLDER
     that was searched: they work where --out is this folder."""
@@ -310,25 +360,10 @@ def transference_tables(folders):
     places = {file: place for place in folders for file in Path(place).rglob("transference.json")}
     for file, place in sorted(places.items()):
         try:
-            record = json.loads(file.read_text())
-            of, few = record["setting"], min(transference.FEW_SOURCES, record["setting"]["source_tasks"])
-            lines = [*transference.HEAD, *map(transference.shares_row, record["found"])]
-            size = (
-                f"alpha {of['alpha']}"
-                if of["alpha"] != "auto"
-                else f"self-transference {of['self_transference']}"
-            )
-            parts.append(
-                f"### {record['about']}, {' and '.join(of['at'])}\n\nStep on {of['update']} parameters, {size}; 95 % intervals over resampled sources "
-                "and targets.\n\n"
-                + "\n".join(lines)
-                + "\n\n"
-                + "".join(f"{x}\n\n" for x in transference.other_tables(record["found"], few))
-            )
+            parts.append(transference_part(json.loads(file.read_text())))
         except (ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
-            fail(
-                f"{file} is not a whole file of transference.py ({type(error).__name__}: {error}): delete it, run its command again"
-            )
+            why = f"{type(error).__name__}: {error}"
+            fail(f"{file} is not a whole file of transference.py ({why}): delete it, run its command again")
         for picture in sorted(file.parent.glob("transference-*.png")):
             parts.append(f"![{picture.stem}]({picture.relative_to(place)})\n")
     return parts
@@ -345,18 +380,40 @@ def kml_tables(runs, out, figures):
         first = alike.setdefault(label(run), run)
         if first is not run:
             print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)
+
+    def place(key):
+        family, budget, *_ = key
+        return family, dict(budget)["synthetic"], str(key[1:])
+
     parts = []
     seen = set()
-    for key in sorted(groups, key=lambda key: (key[0], dict(key[1])["synthetic"], str(key[1:]))):
+    for key in sorted(groups, key=place):
         parts += group_tables(groups[key], out, figures, seen)
-    lacking = [
-        f"{setting} {shots}-shot ({family} family)"
-        for family in FAMILIES
-        for setting in SETTINGS
-        for shots in (1, 5)
-        if (family, setting, shots) not in seen
-    ]
-    return [*parts, f"Missing altogether: {', '.join(lacking)}.\n"] if lacking else parts
+    lacking = lacking_settings(seen)
+    if lacking:
+        parts.append(f"Missing altogether: {', '.join(lacking)}.\n")
+    return parts
+
+
+def lacking_settings(seen):
+    """The settings of the paper that are not among those seen, (family, setting, shots) -> list of their names."""
+    found = []
+    for family, setting, shots in itertools.product(FAMILIES, SETTINGS, (1, 5)):
+        if (family, setting, shots) not in seen:
+            found.append(f"{setting} {shots}-shot ({family} family)")
+    return found
+
+
+def runs_on_one_mode(group):
+    """{modes: runs by label} -> {(method, mode): run} of those that are a part of Multi-MAML or Multi-ProtoNet."""
+    found = {}
+    for modes, runs in group.items():
+        if len(modes) > 1:
+            continue
+        for run in runs.values():
+            if label(run) in ("Multi-MAML", "Multi-ProtoNet"):
+                found[run["method"], modes[0]] = run
+    return found
 
 
 def group_tables(group, out, figures, seen):
@@ -365,25 +422,24 @@ def group_tables(group, out, figures, seen):
     A run on one mode alone has no table of its own where it stands as a part of Multi-X in a table of several modes.
     `seen` collects the settings of the paper that have results.
     """
-    singles = {
-        (run["method"], modes[0]): run
-        for modes, runs in group.items()
-        if len(modes) == 1
-        for run in runs.values()
-        if label(run) in ("Multi-MAML", "Multi-ProtoNet")
-    }
+    singles = runs_on_one_mode(group)
     joint = {mode for modes in group if len(modes) > 1 for mode in modes}
+
+    def place(modes):
+        return len(modes) == 1, len(modes), modes
+
     parts = []
-    for modes in sorted(group, key=lambda modes: (len(modes) == 1, len(modes), modes)):
+    for modes in sorted(group, key=place):
         runs = list(group[modes].values())
         part_of_another = all(run is singles.get((run["method"], modes[0])) for run in runs)
         if part_of_another and modes[0] in joint:
             continue
         parts.append(block(runs, singles))
-        if not dict(runs[0]["budget"])["synthetic"]:
-            seen.add((runs[0]["family"], setting_name(runs[0]["modes"]), runs[0]["shots"]))
+        first = runs[0]
+        if not dict(first["budget"])["synthetic"]:
+            seen.add((first["family"], setting_name(first["modes"]), first["shots"]))
         if importlib.util.find_spec("matplotlib"):
-            file = out / f"curves-{slug(runs[0])}.png"
+            file = out / f"curves-{slug(first)}.png"
             figures.append((curves, runs, singles, file))
             parts.append(f"![Accuracy against iterations]({file.name})\n")
     return parts

@@ -1,19 +1,21 @@
 """The tables of attentive feature reuse."""
 
 import importlib.util
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 import afr
 from data import read_log
+from tools.figures import legend_of, log_of, name_axes, plain, save, side_by_side
 from tools.papers import AFR_TABLE1, AFR_TABLE2, AFR_TRANSFER
-from tools.reading import UNITS, images_of, label, read_each, show, table
+from tools.reading import UNITS, differing, headed, images_of, in_bold, label, read_each, show, table
 
 AFR_BUDGET = {"image_size": 84, "queries": 15, "precision": "fp32", "iterations": 60000, "meta_batch": 4}
 AFR_ORDER = ("classification", "depth", "vanishing", "normals")  # of columns, the paper's
-
-
+MEASURES = ("cross-entropy", "NIL")  # of classification, in the paper's Table 2
+BY_PROTOCOL = (afr.KEYS[:2], afr.KEYS[2:])  # of accuracy, and of NIL or error: paper protocol, inductive
 OPTIONS = {
     "steps": 5,
     "lr": 1e-3,
@@ -43,7 +45,7 @@ def read_run(file, run):
     if "nil_or_error" not in run:
         return None
     args = run["args"]
-    budget = {k: args[k] for k in AFR_BUDGET if k != "iterations"} | {"iterations": run["iterations"]}
+    budget = args | {"iterations": run["iterations"]}
     return {
         "method": run["method"],
         "options": flags_of(args),
@@ -69,20 +71,26 @@ def read_run(file, run):
 
 def flags_of(args):
     """The flags of a run that differ from the defaults -> dict."""
-    alpha = [0.01 if args["algorithm"] == "maml" else afr.ALPHA[kind] for kind in args["tasks"]]
+    alpha = [afr.ALPHA[kind] for kind in args["tasks"]]
+    if args["algorithm"] == "maml":
+        alpha = [0.01 for kind in args["tasks"]]
     weights = [afr.LOSS_WEIGHTS[kind] for kind in args["tasks"]]
-    usual = OPTIONS | {"alpha": alpha, "loss_weights": weights}
-    differs = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
-    return {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in differs.items()}
+    flags = differing(args, OPTIONS | {"alpha": alpha, "loss_weights": weights})
+    for name, value in flags.items():
+        if isinstance(value, list):
+            flags[name] = " ".join(map(str, value))
+    return flags
 
 
 def scores_of(run):
     """{(measure, stratum or transfer mode): array over tasks} of a result."""
     strata = run["strata"]
     scores = {}
-    for key, tasks in zip(afr.KEYS, afr.PER_TASK):
-        scores |= {(key, stratum): np.array(run[tasks][i :: len(strata)]) for i, stratum in enumerate(strata)}
-        scores |= {(key, mode): np.array(found[tasks]) for mode, found in run["transfer"].items()}
+    for key, name in zip(afr.KEYS, afr.PER_TASK):
+        for i, stratum in enumerate(strata):  # which take turns
+            scores[key, stratum] = np.array(run[name][i :: len(strata)])
+        for mode, found in run["transfer"].items():
+            scores[key, mode] = np.array(found[name])
     return scores
 
 
@@ -91,43 +99,41 @@ def images_by_stratum(run):
     strata = run["strata"]
     of_high_level_tasks = strata == run["args"]["tasks"]  # else strata are modes
     images = images_of(run)
-    data = dict.fromkeys(strata, images[0]) if of_high_level_tasks else dict(zip(strata, images))
-    return data | {mode: images_of(run | found)[0] for mode, found in run["transfer"].items()}
+    if of_high_level_tasks:
+        data = dict.fromkeys(strata, images[0])
+    else:
+        data = dict(zip(strata, images))
+    for mode, found in run["transfer"].items():
+        data[mode] = images_of(run | found)[0]
+    return data
 
 
 def afr_about(run):
     """What is not the paper's data, and what is not the default budget -> Markdown."""
-    budget, usual = dict(run["budget"]), AFR_BUDGET
-    words = [
-        f"{budget[k]} {UNITS[k]} instead of {usual[k]}"
-        for k in ("image_size", "queries", "precision")
-        if budget[k] != usual[k]
-    ]
-    if any(budget[k] != usual[k] for k in ("iterations", "meta_batch")):
-        words.append(
-            "{iterations:,} iterations of {meta_batch} subtasks".format(**budget)
-            + " instead of our default's {iterations:,} of {meta_batch}".format(**usual)
-        )
-    marks = [
-        "Ray-cast scenes, not MMT; synthetic"
-        if "scenes" in run["modes"]
-        else "Synthetic images" * run["synthetic"],
-        ", ".join(words),
-    ]
-    return " ".join(f"**{x}.**" for x in marks if x)
+    budget = dict(run["budget"])
+    words = []
+    for key in ("image_size", "queries", "precision"):
+        if budget[key] != AFR_BUDGET[key]:
+            words.append(f"{budget[key]} {UNITS[key]} instead of {AFR_BUDGET[key]}")
+    if any(budget[key] != AFR_BUDGET[key] for key in ("iterations", "meta_batch")):
+        ours = "{iterations:,} iterations of {meta_batch} subtasks".format(**budget)
+        default = "{iterations:,} of {meta_batch}".format(**AFR_BUDGET)
+        words.append(f"{ours} instead of our default's {default}")
+    images = "Synthetic images" if run["synthetic"] else ""
+    if "scenes" in run["modes"]:
+        images = "Ray-cast scenes, not MMT; synthetic"
+    return in_bold([images, ", ".join(words)])
 
 
 def afr_score(run, key, name, sign="", minus=None):
     """A cell: mean and interval of a measure of a stratum or a transfer mode; or of its paired difference from another run's."""
     values = run["scores"].get((key, name))
-    if minus is not None and values is not None:
-        other = minus["scores"].get((key, name))
-        same = other is not None and run["data"][name] == minus["data"][name]
-        values = (
-            values[: len(other)] - other[: len(values)] if same else None
-        )  # task j is the same in every run
-    found = None if values is None else afr.summary(values, [name], run["domains"])[name]
-    return show(found and (found["mean"], found["ci95"]), sign)
+    if minus is not None:
+        values = gains(run, minus, key, name)
+    if values is None:
+        return show(None)
+    found = afr.summary(values, [name], run["domains"])[name]
+    return show((found["mean"], found["ci95"]), sign)
 
 
 PAIRS = (
@@ -141,21 +147,42 @@ PAIRS = (
 )
 
 
+def gains(one, two, key, name):
+    """A measure of run one minus that of two, task by task: task j is the same in every run -> array, or None where there is none."""
+    x = one["scores"].get((key, name))
+    y = two["scores"].get((key, name))
+    if x is None or y is None or one["data"][name] != two["data"][name]:
+        return None
+    return x[: len(y)] - y[: len(x)]
+
+
+def both_tables(about, title, first, second):
+    """Two tables, each (rows, columns), under a title -> Markdown; the second is left out where it has no rows."""
+    parts = [headed(title, about), table(*first)]
+    rows, columns = second
+    if rows:
+        parts.append(table(rows, columns))
+    return "\n".join(parts)
+
+
 def afr_classification(runs):
     """Runs of one setting -> Markdown: Table 2, left (1 or 5 shots) and right (cross-entropy and NIL, transfer)."""
     first = runs[0]
     order = list(afr.METHODS.values())
-    runs = sorted(runs, key=lambda run: (order.index(run["method"]), run["filters"], label(run)))
-    counts = " or ".join(f"{n:,}" for n in sorted({run["test_tasks"] for run in runs}))
+
+    def place(run):
+        return order.index(run["method"]), run["filters"], label(run)
+
+    runs = sorted(runs, key=place)
+    counts = sorted({run["test_tasks"] for run in runs})
+    tasks = " or ".join(f"{n:,}" for n in counts)
     about = [
         afr_about(first),
-        f"{counts} test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.",
+        f"{tasks} test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.",
     ]
     title = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
     columns, differences = classification_columns(runs)
-    pairs = compared(runs)
-    text = f"### {title}\n\n{' '.join(x for x in about if x)}\n\n{table(runs, columns)}"
-    return text + ("\n" + table(pairs, differences) if pairs else "")
+    return both_tables(about, title, (runs, columns), (compared(runs), differences))
 
 
 def named(run):
@@ -163,37 +190,58 @@ def named(run):
     return label(run) + (f", {run['filters']} filters" if run["filters"] != 32 else "")
 
 
+def cell_of(name, keys):
+    """Of a stratum or a transfer mode, the cell that shows measures `keys` of a run -> function of the run."""
+    return lambda run: " / ".join(afr_score(run, key, name) for key in keys)
+
+
+def minus_of(name, keys):
+    """Of a stratum or a transfer mode, the cell that shows differences in measures `keys` -> function of a pair of runs."""
+
+    def cell(pair):
+        one, two = pair
+        return " / ".join(afr_score(one, key, name, "+", two) for key in keys)
+
+    return cell
+
+
+def published_in_table2(first, stratum, i):
+    """The paper's column of a stratum and MEASURES[i] -> {head: function of a run}, {} if it has none. first: a run of the table."""
+    papers_task = first["modes"] == ["miniimagenet"] and first["ways"] == 5 and first["shots"] in (1, 5)
+    if not papers_task or first["synthetic"]:
+        return {}
+    shots = (1, 5).index(first["shots"])  # where they stand in the paper's pairs
+    what = MEASURES[i]
+
+    def cell(run):
+        if run["options"] or run["filters"] != 32:
+            return "-"
+        if stratum == "miniimagenet":
+            return AFR_TABLE2[run["method"]]["M"][shots][i]
+        return AFR_TRANSFER[run["method"]][i]
+
+    if stratum == "miniimagenet":
+        return {f"paper's Table 2, {what}": cell}
+    if first["shots"] == 1:
+        return {f"paper, mini-Places, {what}": cell}
+    return {}
+
+
 def classification_columns(runs):
     """The columns of a table of accuracies, and of one of differences -> two dicts {head: function that makes a cell}."""
-    first = runs[0]
-    comparable = first["modes"] == ["miniimagenet"] and first["ways"] == 5 and first["shots"] in (1, 5)
-    known = comparable and not first["synthetic"]
+    modes = runs[0]["modes"]
+    transfer = [mode for run in runs for mode in run["transfer"]]
     columns = {"method": named}
     differences = {"difference, task by task": lambda pair: f"{named(pair[0])} - {named(pair[1])}"}
-
-    def cell(stratum, keys):
-        return lambda run: " / ".join(afr_score(run, key, stratum) for key in keys)
-
-    def minus(stratum, keys):
-        return lambda pair: " / ".join(afr_score(pair[0], key, stratum, "+", pair[1]) for key in keys)
-
-    def published(of):
-        return lambda run: "-" if run["options"] or run["filters"] != 32 else of(run["method"])
-
-    for stratum in [*first["modes"], *dict.fromkeys(mode for run in runs for mode in run["transfer"])]:
-        where = f"{stratum}, " if len(first["modes"]) > 1 else ""
-        if stratum not in first["modes"]:
+    for stratum in [*modes, *dict.fromkeys(transfer)]:
+        where = f"{stratum}, " if len(modes) > 1 else ""
+        if stratum not in modes:
             where = f"transfer to {stratum}, "
-        for i, (what, keys) in enumerate((("cross-entropy", afr.KEYS[:2]), ("NIL", afr.KEYS[2:]))):
-            columns[where + what] = cell(stratum, keys)
-            differences[where + what] = minus(stratum, keys)
-            if known and stratum == "miniimagenet":
-                five = first["shots"] == 5
-                columns[f"paper's Table 2, {what}"] = published(
-                    lambda name, i=i, five=five: AFR_TABLE2[name]["M"][five][i]
-                )
-            elif known and first["shots"] == 1:
-                columns[f"paper, mini-Places, {what}"] = published(lambda name, i=i: AFR_TRANSFER[name][i])
+        for i, what in enumerate(MEASURES):
+            keys = BY_PROTOCOL[i]
+            columns[where + what] = cell_of(stratum, keys)
+            differences[where + what] = minus_of(stratum, keys)
+            columns |= published_in_table2(runs[0], stratum, i)
     columns["parameters"] = lambda run: f"{run['parameters']:,}"
     columns["s per iteration"] = lambda run: f"{run['seconds']:.2g}"
     return columns, differences
@@ -233,9 +281,11 @@ class Row(NamedTuple):
 
 
 def row_of(run):
-    kind = "multi" if len(run["tasks"]) > 1 else "single"
-    some = "+".join(run["tasks"]) if kind == "multi" and len(run["tasks"]) < 4 else ""
-    name = label(run, False) if run["options"] else run["method"]
+    """The row of Table 1 that a run belongs to."""
+    tasks = run["tasks"]
+    kind = "multi" if len(tasks) > 1 else "single"
+    some = "+".join(tasks) if 1 < len(tasks) < 4 else ""
+    name = label(run, False)
     return Row(kind, some, run["method"], name, run["filters"], run["seed"])
 
 
@@ -249,7 +299,9 @@ def rows_of(runs):
     methods = list(afr.METHODS.values())
 
     def place(row):
-        return row.kind != "single", row.some, methods.index(row.method), *map(str, row[3:])
+        method = methods.index(row.method)
+        others = map(str, (row.name, row.filters, row.seed))
+        return row.kind != "single", row.some, method, *others
 
     return {row: rows[row] for row in sorted(rows, key=place)}
 
@@ -258,10 +310,15 @@ def on_the_same_tasks(rows, tasks):
     """Cut the scores of each high-level task to the test tasks that every run has; changes `rows`."""
     for task in tasks:
         holders = [group for group in rows.values() if task in group]
-        count = min(len(group[task]["scores"][key, task]) for group in holders for key in afr.KEYS)
+        counts = []
         for group in holders:
             scores = group[task]["scores"]
-            cut = {key: x[:count] if key[1] == task else x for key, x in scores.items()}
+            counts += [len(scores[key, task]) for key in afr.KEYS]
+        count = min(counts)
+        for group in holders:
+            cut = dict(group[task]["scores"])
+            for key in afr.KEYS:
+                cut[key, task] = cut[key, task][:count]
             group[task] = group[task] | {"scores": cut}
 
 
@@ -269,15 +326,31 @@ def rows_to_compare(rows):
     """Pairs of rows: attention against none or another, and multi meta-task against single, where they differ in nothing else."""
     methods = (("AM", "ANIL"), ("P-AM", "ANIL"), ("P-AM", "AM"))
     found = []
-    for one in rows:
-        for two in rows:
-            if one == two or one[4:] != two[4:]:
-                continue
-            attention = one[:2] == two[:2] and (one.name, two.name) in methods
-            several = (one.kind, two.kind) == ("multi", "single") and one[2:] == two[2:]
-            if attention or several:
-                found.append((one, two))
+    for one, two in itertools.permutations(rows, 2):
+        if one[4:] != two[4:]:  # filters, seed
+            continue
+        attention = one[:2] == two[:2] and (one.name, two.name) in methods
+        kinds = one.kind, two.kind
+        several = kinds == ("multi", "single") and one[2:] == two[2:]
+        if attention or several:
+            found.append((one, two))
     return found
+
+
+def published_in_table1(task, i):
+    """The cell that shows the paper's number of a high-level task; i: 0 accuracy, 1 error -> function of a row."""
+
+    def cell(row):
+        by_method = AFR_TABLE1.get(row.kind, {})
+        numbers = by_method.get(row.name, {}).get(row.filters)
+        if numbers is None or row.some:
+            return "-"
+        number = numbers[AFR_ORDER.index(task)][i]
+        if i and task != "depth":
+            number *= 1000  # to thousandths, which those of depth are in already
+        return f"{number:.4g}"
+
+    return cell
 
 
 def multi_columns(rows, tasks):
@@ -286,48 +359,41 @@ def multi_columns(rows, tasks):
     differences = {"difference, task by task": lambda pair: f"{pair[0]} - {pair[1]}"}
 
     def cell(task, keys):
-        def of(row):
-            if task not in rows[row]:
-                return "-"
-            return " / ".join(afr_score(rows[row][task], key, task) for key in keys)
-
-        return of
+        of_run = cell_of(task, keys)
+        return lambda row: of_run(rows[row][task]) if task in rows[row] else "-"
 
     def minus(task, keys):
+        of_runs = minus_of(task, keys)
+
         def of(pair):
-            one, two = (rows[row].get(task) for row in pair)
-            return " / ".join(afr_score(one, key, task, "+", two) for key in keys) if one and two else "-"
-
-        return of
-
-    def published(task, i):
-        def of(row):
-            numbers = AFR_TABLE1.get(row.kind, {}).get(row.name, {}).get(row.filters)
-            if numbers is None or row.some:
-                return "-"
-            in_thousandths = i and task != "depth"
-            return f"{numbers[AFR_ORDER.index(task)][i] * (1000 if in_thousandths else 1):.4g}"
+            runs = [rows[row].get(task) for row in pair]
+            return of_runs(runs) if all(runs) else "-"
 
         return of
 
     for task in tasks:
         second = "NIL" if task == "classification" else "error"
-        for i, (what, keys) in enumerate((("accuracy", afr.KEYS[:2]), (second, afr.KEYS[2:]))):
+        for i, what in enumerate(("accuracy", second)):
+            keys = BY_PROTOCOL[i]
             columns[f"{task}, {what}"] = cell(task, keys)
             differences[f"{task}, {what}"] = minus(task, keys)
             if what != "NIL":
-                columns[f"MMT, {task}, {what}"] = published(task, i)
+                columns[f"MMT, {task}, {what}"] = published_in_table1(task, i)
     return columns, differences
+
+
+def in_papers_order(tasks):
+    """High-level tasks, each once, in the order of the paper's columns -> list."""
+    return [task for task in AFR_ORDER if task in tasks]
 
 
 def afr_multi(runs):
     """Runs of one setting, single and multi meta-task -> Markdown: Table 1."""
     first = runs[0]
     rows = rows_of(runs)
-    tasks = [task for task in AFR_ORDER if any(task in group for group in rows.values())]
+    tasks = in_papers_order({task for group in rows.values() for task in group})
     on_the_same_tasks(rows, tasks)
     columns, differences = multi_columns(rows, tasks)
-    pairs = rows_to_compare(rows)
     setting = f"{first['ways']}-way {first['shots']}-shot"
     about = [
         afr_about(first),
@@ -336,71 +402,67 @@ def afr_multi(runs):
         "the paper's numbers, on other data.",
     ]
     title = f"{' + '.join(first['modes'])}: single and multi meta-task, {setting}"
-    text = f"### {title}\n\n{' '.join(x for x in about if x)}\n\n{table(rows, columns)}"
-    return text + ("\n" + table(pairs, differences) if pairs else "")
+    return both_tables(about, title, (rows, columns), (rows_to_compare(rows), differences))
+
+
+def name_of_line(run):
+    """What a legend calls a run."""
+    kind = "multi" if len(run["tasks"]) > 1 else "single"
+    return f"{kind} meta-task, {plain(label(run))}, {run['filters']} filters"
+
+
+def validation_points(run, task):
+    """The log of a run -> [(iteration, accuracy or error on validation tasks of a high-level task)]."""
+    key = "accuracy" if task == "classification" else "nil_or_error"
+    points = []
+    for line in read_log(log_of(run)):
+        if "validation" in line:
+            points.append((line["iteration"], line["validation"][key][task]["mean"]))
+    return points
 
 
 def validation_curves(runs, file):
     """Attentive feature reuse's Figure 5: of each high-level task, validation accuracy or error against iterations -> PNG `file`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    tasks = [task for task in AFR_ORDER if any(task in run["tasks"] for run in runs)]
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=(4.5 * len(tasks) + 3, 4), squeeze=False, layout="constrained"
-    )
-    names = [
-        f"{'multi' if len(run['tasks']) > 1 else 'single'} meta-task, {label(run).replace('`', '')}, {run['filters']} filters"
-        for run in runs
-    ]
-    styles = {name: f"C{i % 10}" for i, name in enumerate(sorted(set(names)))}
-    for task, axis in zip(tasks, panels[0]):
-        key = "accuracy" if task == "classification" else "nil_or_error"
-        for run, name in sorted(zip(runs, names), key=lambda pair: pair[1]):
+    tasks = in_papers_order({task for run in runs for task in run["tasks"]})
+    names = sorted({name_of_line(run) for run in runs})
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    figure, panels = side_by_side(len(tasks), 4.5 * len(tasks) + 3, 4)
+    for task, axis in zip(tasks, panels):
+        for run in sorted(runs, key=name_of_line):
             if task in run["tasks"]:
-                lines = read_log(run["file"].parent / "log.jsonl")
-                points = [
-                    (line["iteration"], line["validation"][key][task]["mean"])
-                    for line in lines
-                    if "validation" in line
-                ]
-                axis.plot(*zip(*points), color=styles[name], label=name, linewidth=1.3)
-        axis.set(
-            title=task,
-            xlabel="iterations",
-            ylabel="accuracy, %" if task == "classification" else "mean squared error, thousandths",
-        )
-        axis.grid(alpha=0.3)
-    lines = {line.get_label(): line for axis in panels[0] for line in axis.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
-    figure.suptitle(
-        f"Validation, {' + '.join(runs[0]['modes'])}\n{afr_about(runs[0]).replace('**', '')}".strip(),
-        fontsize="medium",
-    )
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+                name = name_of_line(run)
+                points = validation_points(run, task)
+                axis.plot(*zip(*points), color=colours[name], label=name, linewidth=1.3)
+        axis.set(title=task)
+        unit = "accuracy, %" if task == "classification" else "mean squared error, thousandths"
+        name_axes(axis, "iterations", unit)
+    legend_of(figure, panels, "outside right upper")
+    about = afr_about(runs[0]).replace("**", "")
+    save(figure, f"Validation, {' + '.join(runs[0]['modes'])}\n{about}", file)
 
 
 def validated(run):
     """Whether the log of a run holds validation measures."""
-    log = run["file"].parent / "log.jsonl"
+    log = log_of(run)
     return log.exists() and '"validation"' in log.read_text()
 
 
 def afr_tables(runs, out, figures):
     """Runs of read_afr -> the parts of tables.md that are about them; appends to `figures` (function, its arguments)."""
-    groups, parts = {}, []
+    groups = {}
+    parts = []
     for run in runs:
         multi = run["tasks"] != ["classification"] or "scenes" in run["modes"]
-        groups.setdefault(
-            (multi, tuple(run["modes"]), run["ways"], run["shots"], run["synthetic"], run["budget"]), []
-        ).append(run)
+        setting = tuple(run["modes"]), run["ways"], run["shots"]
+        key = multi, *setting, run["synthetic"], run["budget"]
+        groups.setdefault(key, []).append(run)
     for number, key in enumerate(sorted(groups, key=str), 1):
-        parts.append((afr_multi if key[0] else afr_classification)(groups[key]))
-        of = [run for run in groups[key] if key[0] and validated(run)]
-        if of and importlib.util.find_spec("matplotlib"):
-            figures.append((validation_curves, of, out / f"afr-validation-{number}.png"))
-            parts.append(f"![Validation against iterations]({figures[-1][-1].name})\n")
+        multi = key[0]
+        make = afr_multi if multi else afr_classification
+        parts.append(make(groups[key]))
+        shown = [run for run in groups[key] if multi and validated(run)]
+        if shown and importlib.util.find_spec("matplotlib"):
+            file = out / f"afr-validation-{number}.png"
+            figures.append((validation_curves, shown, file))
+            parts.append(f"![Validation against iterations]({file.name})\n")
     return parts

@@ -7,7 +7,7 @@ import numpy as np
 
 import modgrad_completion
 from tools.papers import COMPLETION
-from tools.reading import images_of, label, read_each, table
+from tools.reading import differing, images_of, label, read_each, table
 
 OPTIONS = {
     "rank": 5,
@@ -32,12 +32,14 @@ def read_run(file, run):
         return None
     args = run["args"]
     steps, alpha, _ = modgrad_completion.DEFAULTS[args["algorithm"]]
-    usual = {"steps": steps, "alpha": alpha} | OPTIONS
-    flags = {k: args[k] for k, v in usual.items() if args.get(k, v) != v}
+    flags = differing(args, {"steps": steps, "alpha": alpha} | OPTIONS)
     row = run["method"], label({"method": "", "options": flags, "seed": None})
-    steps = run["iterations"], args["meta_batch"], run["test_tasks"]
-    budget = (tuple(run["modes"]), run["synthetic"], args["image_size"], args["precision"], *steps)
-    return file, budget, row, (run["order"], run["pixels"]), (np.array(run["per_task"]), images_of(run))
+    data = tuple(run["modes"]), run["synthetic"], args["image_size"]
+    training = run["iterations"], args["meta_batch"]
+    budget = *data, args["precision"], *training, run["test_tasks"]
+    column = run["order"], run["pixels"]
+    errors = np.array(run["per_task"])
+    return file, budget, row, column, (errors, images_of(run))
 
 
 def completion_tables(folders):
@@ -56,8 +58,10 @@ def block(budget, cells):
     modes, synthetic, size, precision, iterations, batch, tasks = budget
     known = modes == ("celeba",) and not synthetic
     about = ["Synthetic images"] if synthetic else []
-    about += [f"{size} px instead of 32"] if size != 32 else []
-    about += [precision] if precision != "fp32" else []
+    if size != 32:
+        about.append(f"{size} px instead of 32")
+    if precision != "fp32":
+        about.append(precision)
     if (iterations, batch) != (50000, 25):
         about.append(f"{iterations:,} iterations of {batch} images instead of 50,000 of 25")
     published = "; in brackets ModGrad's Table 3" if known else ""
@@ -69,43 +73,64 @@ def block(budget, cells):
     )
 
 
+def columns_of(cells):
+    """{(row, column): ...} -> its columns, those of the paper first."""
+    there = {column for _, column in cells}
+    papers = [column for column in ORDERS if column in there]
+    return papers + sorted(there - set(ORDERS))
+
+
+def rows_of(cells):
+    """{(row, column): ...} -> its rows, in the order of the paper's table."""
+    names = list(COMPLETION)
+
+    def place(row):
+        method, _ = row
+        return names.index(method) if method in names else len(names), row
+
+    return sorted({row for row, _ in cells}, key=place)
+
+
 def both_tables(cells, known):
     """Errors, and ModGrad's minus the others' -> Markdown. known: the paper has numbers for them."""
-    shown = [order for order in ORDERS if any(order == column for _, column in cells)]
-    shown += sorted({column for _, column in cells} - set(ORDERS))
-    names = list(COMPLETION)
-    rows = sorted(
-        {row for row, _ in cells},
-        key=lambda row: (names.index(row[0]) if row[0] in names else len(names), row),
-    )
+    rows = rows_of(cells)
 
     def error(column):
+        order, pixels = column
+
         def cell(row):
+            text = mean(cells[row, column][0]) if (row, column) in cells else "missing"
             numbers = COMPLETION.get("".join(row), {})
-            published = f" ({numbers[column[::-1]]:.3f})" if known and column[::-1] in numbers else ""
-            return (mean(cells[row, column][0]) if (row, column) in cells else "missing") + published
+            if known and (pixels, order) in numbers:
+                text += f" ({numbers[pixels, order]:.3f})"
+            return text
 
         return cell
 
     def against(column):
         def cell(row):
-            ours, theirs = (cells.get((x, column)) for x in (("ModGrad", row[1]), row))
-            comparable = ours is not None and theirs is not None and ours[1] == theirs[1]
-            return mean(ours[0] - theirs[0], "+") if comparable else "-"
+            _, flags = row
+            ours = cells.get((("ModGrad", flags), column))
+            theirs = cells.get((row, column))
+            if ours is None or theirs is None or ours[1] != theirs[1]:
+                return "-"
+            return mean(ours[0] - theirs[0], "+")
 
         return cell
 
-    head = {(order, pixels): f"{pixels} {order} pixels" for order, pixels in shown}
-    errors = {"method": "".join} | {head[column]: error(column) for column in shown}
+    head = {column: "{1} {0} pixels".format(*column) for column in columns_of(cells)}
+    errors = {"method": "".join}
+    errors |= {name: error(column) for column, name in head.items()}
     text = table(rows, errors)
     others = [row for row in rows if row[0] != "ModGrad"]
     if others:
         differences = {"difference, image by image": lambda row: f"ModGrad{row[1]} - {''.join(row)}"}
-        differences |= {head[column]: against(column) for column in shown}
+        differences |= {name: against(column) for column, name in head.items()}
         text += "\n" + table(others, differences)
     return text
 
 
 def mean(errors, sign=""):
     """Errors of images -> their mean and 95 % interval, as text."""
-    return f"{errors.mean():{sign}.4f} ± {1.96 * errors.std(ddof=1) / math.sqrt(len(errors)):.4f}"
+    half_width = 1.96 * errors.std(ddof=1) / math.sqrt(len(errors))
+    return f"{errors.mean():{sign}.4f} ± {half_width:.4f}"

@@ -11,13 +11,19 @@ from tools.reading import (
     UNITS,
     by_mode,
     difference,
+    differing,
+    headed,
+    in_bold,
     label,
+    number_of_tasks,
+    of_one_seed,
     read_each,
     read_few_shot,
     score,
     show,
     table,
     trials_block,
+    without_step_size,
 )
 
 BUDGET = {"image_size": 84, "channels": 64, "queries": 15, "precision": "fp32", "episodes": 50000}
@@ -38,7 +44,8 @@ OF_OTHER_SCRIPTS = {"pixels", "env", "curve", "nil_or_error"}  # entries of a re
 def read_modgrad(folders):
     """All runs of modgrad.py under the folders -> list of dicts (see read_run)."""
     runs = read_each(folders, read_run)
-    return [run | {"first_seed": min(other["seed"] for other in runs)} for run in runs]
+    first_seed = min((run["seed"] for run in runs), default=0)
+    return [run | {"first_seed": first_seed} for run in runs]
 
 
 def read_run(file, run):
@@ -60,7 +67,7 @@ def read_run(file, run):
         best = {"scores": scores, "iteration": best["iteration"]}
     return read_few_shot(file, run) | {
         "method": run["method"],
-        "options": {k: args[k] for k, v in usual.items() if args.get(k, v) != v},
+        "options": differing(args, usual),
         "alpha": args["alpha"],
         "budget": budget_of(run),
         "best": best,
@@ -74,9 +81,12 @@ def budget_of(run):
     episodes = run["iterations"] * args["meta_batch"]
     if abs(episodes - usual["episodes"]) < args["meta_batch"]:  # 50,000 are not a multiple of 3
         episodes = usual["episodes"]
-    done = {k: args.get(k, v) for k, v in usual.items()} | {"episodes": episodes}
-    differs = {k: None if done[k] == v else (done[k], v) for k, v in usual.items()}
-    return (*differs.items(), ("synthetic", run["synthetic"]))
+    done = usual | args | {"episodes": episodes}
+    budget = {}
+    for key, theirs in usual.items():
+        ours = done[key]
+        budget[key] = None if ours == theirs else (ours, theirs)
+    return (*budget.items(), ("synthetic", run["synthetic"]))
 
 
 def budget_text(budget):
@@ -92,21 +102,24 @@ def budget_text(budget):
         else:
             unit = UNITS[key].replace("layer 1", "each layer")
             words.append(f"{ours:,} {unit} instead of {theirs:,}")
-    return " ".join(f"**{x}.**" for x in ("Synthetic images" * budget["synthetic"], ", ".join(words)) if x)
+    images = "Synthetic images" if budget["synthetic"] else ""
+    return in_bold([images, ", ".join(words)])
 
 
 def plain(run):
     """A run's method and flags, but for its step size, which makes no other method of it."""
-    return label(run | {"options": {k: v for k, v in run["options"].items() if k != "alpha"}}, False)
+    return label(without_step_size(run), False)
 
 
 def in_order(runs):
     """Runs by seed, and in the order of the paper's table."""
     names = list(MODGRAD)
 
+    def row(name):
+        return names.index(name) if name in names else len(names)
+
     def place(run):
-        rows = [names.index(x) if x in names else len(names) for x in (label(run, False), run["method"])]
-        return run["seed"], *rows, label(run)
+        return run["seed"], row(label(run, False)), row(run["method"]), label(run)
 
     return sorted(runs, key=place)
 
@@ -117,7 +130,12 @@ def on_the_same_tasks(runs):
     kept = [run["best"] for run in runs if run["best"]]
     cut = reading.on_the_same_tasks([*runs, *kept], modes)
     best = iter(cut[len(runs) :])
-    return [run | {"best": next(best) if run["best"] else None} for run in cut[: len(runs)]]
+    found = []
+    for run in cut[: len(runs)]:
+        if run["best"]:
+            run = run | {"best": next(best)}
+        found.append(run)
+    return found
 
 
 def accuracies(runs):
@@ -134,7 +152,8 @@ def accuracies(runs):
         return lambda run: show(score(run["best"], protocol, modes)) if run["best"] else "-"
 
     def published(run):
-        value = MODGRAD.get(plain(run), (None, None))[run["shots"] == 5]
+        one_shot, five_shots = MODGRAD.get(plain(run), (None, None))
+        value = five_shots if run["shots"] == 5 else one_shot
         return f"{value:.2f}" if isinstance(value, float) else show(value)
 
     columns = {
@@ -158,7 +177,7 @@ def differences(runs):
     """The runs of one setting and budget -> Markdown: ModGrad minus the others of its seed, task by task; "" if there are none."""
     modes = runs[0]["modes"]
     ours = [run for run in runs if plain(run) == "ModGrad"]
-    pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
+    pairs = of_one_seed(ours, runs)
     if not pairs:
         return ""
 
@@ -189,20 +208,18 @@ def block(runs):
     """The runs of one setting and budget -> Markdown: accuracies, then differences from ModGrad, task by task."""
     first = runs[0]
     runs = on_the_same_tasks(in_order(runs))
-    count = sum(map(len, runs[0]["scores"]["paper"].values()))
     about = [
         budget_text(first["budget"]),
-        f"{count:,} test tasks;",
+        f"{number_of_tasks(runs[0]):,} test tasks;",
         "accuracy in %, 95 % interval over tasks.",
     ]
     if any(run["method"] == "CAVIA" for run in runs):
         about.append("The paper's CAVIA has 512 channels.")
     if any(run["best"] for run in runs):
         about.append("*Last* parameters, and those *best on validation* classes among those kept.")
-    title = (
-        f"ModGrad and its baselines, {' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
-    )
-    return f"### {title}\n\n{' '.join(x for x in about if x)}\n\n{accuracies(runs)}{differences(runs)}"
+    setting = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
+    head = headed(f"ModGrad and its baselines, {setting}", about)
+    return f"{head}\n{accuracies(runs)}{differences(runs)}"
 
 
 def modgrad_tables(found, out, figures):
@@ -220,13 +237,18 @@ def modgrad_tables(found, out, figures):
         first = groups.setdefault(key, {}).setdefault(label(run), run)
         if first is not run:
             print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)
-    parts = [block(list(groups[key].values())) for key in sorted(groups, key=str)]
+    in_turn = sorted(groups, key=str)
+    parts = [block(list(groups[key].values())) for key in in_turn]
     for (modes, budget, ways, shots), runs in sorted(trials.items(), key=str):
         setting = f"{' + '.join(modes)}, {ways}-way {shots}-shot"
         parts.append(trials_block(runs, setting, budget_text(budget)))
-    for key in dict.fromkeys(key[:-1] for key in sorted(groups, key=str)):
-        runs = [run for other, group in groups.items() if other[:-1] == key for run in group.values()]
-        if len({run["shots"] for run in runs}) > 1 and importlib.util.find_spec("matplotlib"):
+    for key in dict.fromkeys(key[:-1] for key in in_turn):  # of any number of shots
+        runs = []
+        for other, group in groups.items():
+            if other[:-1] == key:
+                runs += group.values()
+        several = len({run["shots"] for run in runs}) > 1
+        if several and importlib.util.find_spec("matplotlib"):
             file = out / shots_file(*key)
             about = budget_text(key[1]).replace("**", "")
             figures.append((against_shots, runs, about, file))
@@ -237,6 +259,7 @@ def modgrad_tables(found, out, figures):
 def shots_file(modes, budget, ways):
     """The name of the figure of accuracy against shots."""
     differs = dict(budget)
-    words = ["synthetic"] * differs["synthetic"] + ["+".join(modes), f"{ways}way"]
+    words = ["synthetic"] if differs["synthetic"] else []
+    words += ["+".join(modes), f"{ways}way"]
     words += [str(differs[k][0]) for k in BUDGET if differs[k]]
     return f"modgrad-shots-{'-'.join(words)}.png"

@@ -8,7 +8,7 @@ import numpy as np
 import modgrad_multishot
 from tools.figures import against_steps
 from tools.papers import MULTISHOT
-from tools.reading import UNITS, images_of, label, read_each, table, trials_block
+from tools.reading import UNITS, differing, images_of, label, read_each, table, trials_block
 
 BUDGET = {
     "ways": 20,
@@ -47,15 +47,10 @@ def read_run(file, run):
     if "curve" not in run:
         return None
     args = run["args"]
-    defaults = modgrad_multishot.DEFAULTS[args["algorithm"]]
-    usual = OPTIONS | dict(zip(("steps", "alpha", "adapt", "outer", "lr"), defaults))
-    idle = ["adapt"]  # the layers are in the method's name
-    if args["algorithm"] != "modgrad":
-        idle += ["rank", "context"]
-    budget = {k: args[k] for k in BUDGET if k != "iterations"} | {"iterations": run["iterations"]}
+    budget = args | {"iterations": run["iterations"]}
     return {
         "file": file,
-        "options": {k: args[k] for k, v in usual.items() if k not in idle and args.get(k, v) != v},
+        "options": differing(args, usual(args["algorithm"])),
         "seed": None,
         "alpha": args["alpha"],
         "setting": (tuple(run["modes"]), run["synthetic"], tuple(run["shots"])),
@@ -65,6 +60,14 @@ def read_run(file, run):
         **{k: run[k] for k in NUMBERS},
         **{k: np.array(run[k]) for k in PER_TASK},
     }
+
+
+def usual(algorithm):
+    """The flags that a run of this algorithm has by default, but for --adapt, which is in the method's name -> dict."""
+    defaults = modgrad_multishot.DEFAULTS[algorithm]
+    flags = OPTIONS | dict(zip(("steps", "alpha", "adapt", "outer", "lr"), defaults))
+    idle = ["adapt"] if algorithm == "modgrad" else ["adapt", "rank", "context"]
+    return {name: value for name, value in flags.items() if name not in idle}
 
 
 def multishot_tables(folders, out, figures):
@@ -91,10 +94,11 @@ def multishot_tables(folders, out, figures):
             about = "; ".join(budget_words(setting[1], dict(budget)))
             figures.append((against_steps, rows, about, file))
             parts.append(f"![Training loss and accuracy against steps]({file.name})\n")
-    for (modes, synthetic, shots, budget), runs in sorted(trials.items(), key=lambda item: item[0]):
+    for key in sorted(trials):
+        modes, synthetic, shots, budget = key
         about = "".join(f"**{x}.** " for x in budget_words(synthetic, dict(budget)))
         setting = f"multi-shot, {' + '.join(modes)}, {of_shots(dict(budget), shots)}"
-        parts.append(trials_block(runs, setting, about + "Intervals over alphabets."))
+        parts.append(trials_block(trials[key], setting, about + "Intervals over alphabets."))
     return parts
 
 
@@ -114,16 +118,17 @@ def block(modes, synthetic, shots, tasks, budget, runs):
     K = budget["test_steps"]
     protocol = (budget["ways"], K) == (20, 100)
     known = modes == ("omniglot",) and not synthetic and protocol
-    leap = (
-        f" LEAP, which is not here, has {MULTISHOT['LEAP']} in the paper. Its code, which the paper builds on, evaluates training "
-        "drawings, with running BatchNorm statistics (but for MAML)."
-    )
+    leap = ""
+    if known:
+        leap = (
+            f" LEAP, which is not here, has {MULTISHOT['LEAP']} in the paper. Its code, which the paper builds on, evaluates "
+            "training drawings, with running BatchNorm statistics (but for MAML)."
+        )
     text = (
         f"### Multi-shot, {' + '.join(modes)}, {of_shots(budget, shots)}\n\n"
         + "".join(f"**{x}.** " for x in budget_words(synthetic, budget))
         + f"{tasks:,} test tasks; accuracy in % on held-out drawings after {K} steps, and after fewer (paper protocol); training "
-        f"loss: the mean of the {K} steps; 95 % intervals over alphabets.{leap if known else ''}\n\n"
-        + results(runs, known)
+        f"loss: the mean of the {K} steps; 95 % intervals over alphabets.{leap}\n\n" + results(runs, known)
     )
     first = next(iter(runs.values()))
     if first["method"] == "ModGrad" and len(runs) > 1:
@@ -184,6 +189,7 @@ def spread(value, digits=2, sign=""):
 
 
 def of_shots(budget, shots):
+    """A setting's ways and shots, as text."""
     return f"{budget['ways']}-way, {shots[0]} to {shots[1]} shots"
 
 
@@ -195,7 +201,10 @@ def budget_words(synthetic, budget):
 
 
 def figure_file(modes, synthetic, shots, tasks, budget):
+    """The name of the figure of loss and accuracy against steps."""
     words = ["synthetic"] if synthetic else []
     words += ["+".join(modes), f"{shots[0]}to{shots[1]}"]
-    words += [f"{k}{budget[k]}".replace("_", "") for k, v in BUDGET.items() if budget[k] != v]
+    for key, theirs in BUDGET.items():
+        if budget[key] != theirs:
+            words.append(f"{key}{budget[key]}".replace("_", ""))
     return f"modgrad-multishot-{'-'.join(words)}-{tasks}tasks.png"

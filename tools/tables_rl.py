@@ -11,7 +11,7 @@ import modgrad_rl
 from fewshot.cheetah import directions
 from tools.figures import rl_curves
 from tools.papers import RL
-from tools.reading import label, read_each, table
+from tools.reading import differing, label, of_one_seed, read_each, table
 
 # What the runs of an environment must have in common to stand in one table, with the protocol's value, and how to say it.
 BUDGET = {
@@ -42,12 +42,13 @@ def read_run(file, run):
     if "env" not in run:
         return None
     args = run["args"]
-    budget = {"iterations": run["iterations"]} | {k: args[k] for k in BUDGET if k != "iterations"}
+    done = args | {"iterations": run["iterations"]}
+    budget = {key: done[key] for key in BUDGET}
     scores = np.array(run["per_task"], dtype=float)  # (updates + 1, tasks): returns
     if len(scores) < 2 or scores.shape[1] != run["test_tasks"]:
         raise ValueError("its returns are not those of its tasks")
     return run | {
-        "options": {k: args[k] for k, v in usual(args, run["env"]).items() if args.get(k, v) != v},
+        "options": differing(args, usual(args, run["env"])),
         "seed": args["seed"],
         "file": file,
         "budget": budget,
@@ -78,7 +79,8 @@ def rl_tables(folders, out, figures):
     groups = {}
     for run in read_each(folders, read_run):
         group = groups.setdefault(run["group"], {})
-        if group.setdefault((label(run, False), run["seed"]), run) is not run:
+        row = label(run, False), run["seed"]
+        if group.setdefault(row, run) is not run:
             print(f"note: {run['file']} repeats another run and is left out", file=sys.stderr)
     parts = []
     for (env, *_), group in sorted(groups.items(), key=str):
@@ -86,16 +88,23 @@ def rl_tables(folders, out, figures):
         differs = budget_words(runs[0]["budget"], env)
         parts.append(block(env, runs, differs))
         if importlib.util.find_spec("matplotlib"):
-            protocol = protocol_of(env)
-            words = [str(v) for k, v in runs[0]["budget"].items() if v != protocol[k]]
-            usual_shape = 100, 3  # test tasks, test updates: the flags' defaults
-            tasks, updates = runs[0]["test_tasks"], len(runs[0]["scores"]) - 1
-            if (tasks, updates) != usual_shape:
-                words.append(f"{tasks}tasks-{updates}updates")
-            file = out / f"{'-'.join(['rl', env, *words])}.png"
+            file = out / figure_file(runs[0])
             figures.append((rl_curves, runs, "; ".join(differs), file))
             parts.append(f"![Returns]({file.name})\n")
     return parts
+
+
+def figure_file(run):
+    """The name of the figure of a run and those of its group."""
+    words = ["rl", run["env"]]
+    for key, theirs in protocol_of(run["env"]).items():
+        if run["budget"][key] != theirs:
+            words.append(str(run["budget"][key]))
+    usual_shape = 100, 3  # test tasks, test updates: the flags' defaults
+    tasks, updates = run["test_tasks"], len(run["scores"]) - 1
+    if (tasks, updates) != usual_shape:
+        words.append(f"{tasks}tasks-{updates}updates")
+    return f"{'-'.join(words)}.png"
 
 
 def in_order(runs):
@@ -106,13 +115,19 @@ def in_order(runs):
         method = names.index(run["method"]) if run["method"] in names else len(names)
         return run["seed"], method, label(run, False)
 
+    found = []
     several = len({run["seed"] for run in runs}) > 1
-    return [run | {"first_seed": -1 if several else run["seed"]} for run in sorted(runs, key=place)]
+    for run in sorted(runs, key=place):
+        first_seed = -1 if several else run["seed"]
+        found.append(run | {"first_seed": first_seed})
+    return found
 
 
 def protocol_of(env):
     """The protocol's budget in an environment -> dict."""
-    return {k: v for k, (v, _) in BUDGET.items()} | {"horizon": modgrad_rl.HORIZON[env]}
+    budget = {key: value for key, (value, _) in BUDGET.items()}
+    budget["horizon"] = modgrad_rl.HORIZON[env]
+    return budget
 
 
 def budget_words(budget, env):
@@ -126,16 +141,28 @@ def budget_words(budget, env):
     return words
 
 
+def update_heads(updates):
+    """Heads of the columns of returns: before the inner updates, and after each of them -> list."""
+    heads = ["before"]
+    for k in range(1, updates + 1):
+        heads.append(f"after {k} update" if k == 1 else f"after {k} updates")
+    return heads
+
+
 def block(env, runs, differs):
     """The runs of one environment and budget -> Markdown: returns, then differences from ModGrad, task by task."""
-    updates = len(runs[0]["scores"])
-    heads = ["before", *(f"after {k} update{'s' * (k > 1)}" for k in range(1, updates))]
+    heads = update_heads(len(runs[0]["scores"]) - 1)
 
     def returns(k):
         return lambda run: mean(run["scores"][k])
 
-    columns = {"method": label} | {head: returns(k) for k, head in enumerate(heads)}
-    columns["gain of 1 update"] = lambda run: mean(run["scores"][1] - run["scores"][0], "+")
+    def gain(run):
+        before, after, *_ = run["scores"]
+        return mean(after - before, "+")
+
+    columns = {"method": label}
+    columns |= {head: returns(k) for k, head in enumerate(heads)}
+    columns["gain of 1 update"] = gain
     columns["ModGrad's Figure 8, after 1 update"] = lambda run: published(run, env)
     columns["s per iteration"] = lambda run: f"{run['seconds_per_iteration']:.2g}"
     parted = by_direction(runs, heads) if env == "cheetah-dir" else ""
@@ -167,7 +194,8 @@ def by_direction(runs, heads):
     parts = []
     for run in runs:
         args = argparse.Namespace(**run["args"])
-        wanted = modgrad_rl.goals(Directions, args, "test", 0, run["test_tasks"]).flatten().numpy()
+        goals = modgrad_rl.goals(Directions, args, "test", 0, run["test_tasks"])
+        wanted = goals.flatten().numpy()
         for sign, word in ((1, "forwards"), (-1, "backwards")):
             chosen = wanted == sign
             if chosen.sum() > 1:  # for an interval
@@ -176,19 +204,24 @@ def by_direction(runs, heads):
     def returns(k):
         return lambda part: mean(part[1][k])
 
-    columns = {"method, direction": lambda part: part[0]} | {head: returns(k) for k, head in enumerate(heads)}
+    columns = {"method, direction": lambda part: part[0]}
+    columns |= {head: returns(k) for k, head in enumerate(heads)}
     return "\n" + table(parts, columns)
 
 
 def differences(runs, heads):
     """ModGrad minus the others of its seed, task by task -> Markdown, "" if there are none."""
     ours = [run for run in runs if label(run, False) == "ModGrad"]
-    pairs = [(one, two) for one in ours for two in runs if two is not one and two["seed"] == one["seed"]]
+    pairs = of_one_seed(ours, runs)
     if not pairs:
         return ""
 
     def minus(k):
-        return lambda pair: mean(pair[0]["scores"][k] - pair[1]["scores"][k], "+")
+        def cell(pair):
+            one, two = (run["scores"][k] for run in pair)
+            return mean(one - two, "+")
+
+        return cell
 
     columns = {"difference, task by task": lambda pair: f"{label(pair[0])} - {label(pair[1])}"}
     columns |= {head: minus(k) for k, head in enumerate(heads)}
@@ -197,4 +230,5 @@ def differences(runs, heads):
 
 def mean(returns, sign=""):
     """Returns of tasks -> their mean and 95 % interval, as text."""
-    return f"{returns.mean():{sign}.2f} ± {1.96 * returns.std(ddof=1) / math.sqrt(len(returns)):.2f}"
+    half_width = 1.96 * returns.std(ddof=1) / math.sqrt(len(returns))
+    return f"{returns.mean():{sign}.2f} ± {half_width:.2f}"
