@@ -109,7 +109,8 @@ def validations(file):
         if "validation" in entry:
             measured = entry["validation"]
             of = measured["paper"] if "paper" in measured else measured["accuracy"]  # as afr.py writes it
-            found[entry["iteration"]] = of["overall"]["mean"]
+            overall = of.get("overall", of)  # multi-shot has no modes
+            found[entry["iteration"]] = overall["mean"]
     return found
 
 
@@ -127,6 +128,8 @@ def trials_table(folder):
                 f"{file.parent} lies among trials, whose folders are named NAME-lrVALUE: move it, or rename it"
             )
         name, kind, value = found_in_name.groups()
+        if flag not in (None, FLAGS[kind]):
+            fail(f"{folder} has trials of {flag} and of {FLAGS[kind]}: keep them in two folders")
         flag = FLAGS[kind]
         measured = validations(file)
         if measured:
