@@ -25,6 +25,8 @@ from data import atomic_write, fail, flags_of_run, read_tensors
 
 SUBTASKS = 150  # test subtasks whose w is shown (the paper: 150)
 NAMES = ("cosine", "same_sign", "cosine_next", "same_sign_next")
+SHOWN = ("cosine", "cosine_next", "same_sign", "same_sign_next")  # the same in the order of the columns
+HEADS = "cosine            next one          same sign         next one"
 
 
 def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02):
@@ -39,8 +41,10 @@ def best_weights(params, task, x, y, args, kind, steps=100, batch=100, rate=0.02
     w = torch.zeros(4, args.filters, device=x.device, requires_grad=True)
     optimizer = torch.optim.Adam([w], lr=rate)
     for _ in range(steps):
-        of = torch.randperm(len(x), generator=rng)[:batch].to(x.device)
-        outputs = afr.predict(adapted, kind, afr.embed(adapted, x[of], afr.Norm(), w), args)
+        order = torch.randperm(len(x), generator=rng)
+        of = order[:batch].to(x.device)
+        features = afr.embed(adapted, x[of], afr.Norm(), w)
+        outputs = afr.predict(adapted, kind, features, args)
         optimizer.zero_grad()
         afr.criterion(kind, outputs, y[of]).backward()
         optimizer.step()
@@ -53,7 +57,8 @@ def relative(w):
     BatchNorm cancels a factor that all maps of a block have in common (see afr.embed).
     """
     kept = 1 - w[:-1]
-    return torch.cat([1 - kept / kept.mean(1, keepdim=True), w[-1:]])
+    in_proportion = 1 - kept / kept.mean(1, keepdim=True)
+    return torch.cat([in_proportion, w[-1:]])
 
 
 def agreement(w, target):
@@ -69,60 +74,87 @@ def everything(episodes, number):
         return episodes.everything(number)
     M = len(episodes.modes)
     m, S = number % M, episodes.size
-    classes, _, turns, _ = (x[0] for x in episodes.indices(m, number // M, 1))
+    drawn = episodes.indices(m, number // M, 1)
+    classes, _, turns, _ = (x[0] for x in drawn)
     images, labels = [], []
     for label, (c, quarters) in enumerate(zip(classes, turns)):
-        part = episodes.images[m][episodes.offsets[m][c] :][: episodes.counts[m][c]]
-        if episodes.modes[m] == "omniglot":
-            part = torch.rot90(part, int(quarters), (1, 2))
+        part = images_of_class(episodes, m, c, int(quarters))
         images.append(part)
-        labels.append(torch.full((len(part),), label, device=episodes.device))
-    x = torch.cat(images).permute(0, 3, 1, 2).expand(-1, 3, S, S).float() / 255
+        labels.append(torch.full([len(part)], label, device=episodes.device))
+    x = torch.cat(images).permute(0, 3, 1, 2)
+    x = x.expand(-1, 3, S, S).float() / 255
     return x, torch.cat(labels)
+
+
+def images_of_class(episodes, m, c, quarters):
+    """All images of class c of mode m, as they are stored; Omniglot's turned by so many right angles."""
+    first, count = episodes.offsets[m][c], episodes.counts[m][c]
+    images = episodes.images[m][first:][:count]
+    if episodes.modes[m] == "omniglot":
+        return torch.rot90(images, quarters, (1, 2))
+    return images
+
+
+def subtask(sampler, j):
+    """Test subtask j of a high-level task."""
+    batch = sampler.tasks(j, 1)
+    return type(batch)(*(x[0] for x in batch))
 
 
 def report_of(params, kind, sampler, args, bar):
     """One high-level task -> {"w", "best", and each of NAMES by block}."""
     w = []
     for j in range(max(SUBTASKS, args.report_tasks + 1)):
-        batch = sampler.tasks(j, 1)
-        task = type(batch)(*(x[0] for x in batch))
-        with torch.no_grad():
-            x = afr.embed(params, task.support_x, afr.Norm())
-            w.append(afr.attention(params, kind, x, task.support_y, args)[0])
+        task = subtask(sampler, j)
+        w.append(predicted_weights(params, kind, task, args))
         bar.update()
     best, rows = [], []
     for j in range(args.report_tasks):
-        batch = sampler.tasks(j, 1)
-        task = type(batch)(*(x[0] for x in batch))
-        best.append(best_weights(params, task, *everything(sampler, j), args, kind))
-        own, next_one = agreement(w[j], best[j]), agreement(w[j + 1], best[j])
+        x, y = everything(sampler, j)
+        task = subtask(sampler, j)
+        best.append(best_weights(params, task, x, y, args, kind))
+        own = agreement(w[j], best[j])
+        next_one = agreement(w[j + 1], best[j])
         rows.append(torch.cat([own, next_one], 1))
         bar.update()
     rows = torch.stack(rows).double().cpu().numpy()  # (tasks, B, 4)
-    found = {"w": torch.stack(w).tolist(), "best": torch.stack(best).tolist()}
+    found = {}
+    found["w"] = torch.stack(w).tolist()
+    found["best"] = torch.stack(best).tolist()
     for i, name in enumerate(NAMES):
         found[name] = {}
         for l in range(4):
-            found[name][f"block{l + 1}"] = afr.summary(rows[:, l, i], [kind], {})["overall"]
+            score = afr.summary(rows[:, l, i], [kind], {})
+            found[name][f"block{l + 1}"] = score["overall"]
     return found
+
+
+@torch.no_grad()
+def predicted_weights(params, kind, task, args):
+    """The channel weights w that attention predicts for a subtask -> (B, C)."""
+    x = afr.embed(params, task.support_x, afr.Norm())
+    return afr.attention(params, kind, x, task.support_y, args)[0]
 
 
 def show(kind, found, args):
     """Print the report of one high-level task."""
     w = np.array(found["w"])  # (subtasks, B, C)
-    print(
-        f"\n{args.title}, {kind}: w of {len(w)} test subtasks; {args.report_tasks} beside weights trained on all data\n"
-        f"{'block':8}{'w: mean, size, of which by subtask':38}{'cosine':18}{'next one':18}{'same sign':18}next one"
-    )
+    beside = f"{args.report_tasks} beside weights trained on all data"
+    print(f"\n{args.title}, {kind}: w of {len(w)} test subtasks; {beside}")
+    print(f"{'block':8}{'w: mean, size, of which by subtask':38}{HEADS}")
     for l in range(4):
-        of = w[:, l]
-        by_subtask = np.sqrt((of.std(0) ** 2).mean())
-        size = f"{of.mean():+.4f}, {np.sqrt((of**2).mean()):.4f}, {by_subtask:.4f}"
         cells = []
-        for name in ("cosine", "cosine_next", "same_sign", "same_sign_next"):
-            cells.append("{mean:.3f} +- {ci95:.3f}".format(**found[name][f"block{l + 1}"]).ljust(18))
-        print(f"{l + 1:<8}{size:38}{''.join(cells)}")
+        for name in SHOWN:
+            score = found[name][f"block{l + 1}"]
+            cells.append("{mean:.3f} +- {ci95:.3f}".format(**score).ljust(18))
+        print(f"{l + 1:<8}{size_of_weights(w[:, l]):38}{''.join(cells)}")
+
+
+def size_of_weights(w):
+    """w (subtasks, C) of a block -> text: mean, root mean square, and the part of that which differs between subtasks."""
+    by_subtask = np.sqrt((w.std(0) ** 2).mean())
+    size = np.sqrt((w**2).mean())
+    return f"{w.mean():+.4f}, {size:.4f}, {by_subtask:.4f}"
 
 
 def draw(found, args):
@@ -132,32 +164,44 @@ def draw(found, args):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(
-        2, len(found), figsize=(2 + 7 * len(found), 7), squeeze=False, layout="constrained"
-    )
-    C = args.filters
+    kinds = len(found)
+    size = (2 + 7 * kinds, 7)
+    figure, panels = plt.subplots(2, kinds, figsize=size, squeeze=False, layout="constrained")
     for (kind, of), top, bottom in zip(found.items(), *panels):
         w = np.array(of["w"])
-        for l in range(4):
-            at = np.tile(l * C + np.arange(C), len(w))
-            top.plot(at, w[:, l].ravel(), ".", markersize=2, alpha=0.2, color=f"C{l}", label=f"block {l + 1}")
-        top.set(title=f"{kind}: w of {len(w)} test subtasks", xlabel="feature map", ylabel="w")
-        legend = top.legend(loc="upper right", fontsize="small")
-        for handle in legend.legend_handles:
-            handle.set(alpha=1, markersize=8)
-        best, mine = np.array(of["best"])[0, 3], w[0, 3]
-        for values, side, label in ((mine, -0.2, "predicted"), (best, 0.2, "trained on all data")):
-            most = np.abs(values).max().clip(1e-12)
-            bottom.bar(np.arange(C) + side, values / most, 0.4, label=f"{label}, divided by {most:.2g}")
-        bottom.axhline(0, color="black", linewidth=0.8)
-        title = "the last block's, first test subtask, each scaled to 1"
-        bottom.set(title=title, xlabel="feature map", ylabel="w, scaled")
-        bottom.legend(fontsize="small")
+        draw_weights(top, w, kind)
+        best = np.array(of["best"])
+        draw_last_block(bottom, {"predicted": w[0, 3], "trained on all data": best[0, 3]})
     figure.suptitle(f"{args.title}, {args.ways}-way {args.shots}-shot")
     content = io.BytesIO()
     figure.savefig(content, dpi=110)
     plt.close(figure)
     return content.getvalue()
+
+
+def draw_weights(axis, w, kind):
+    """All w (subtasks, B, C) as dots, the blocks side by side."""
+    C = w.shape[2]
+    for l in range(4):
+        places = np.tile(l * C + np.arange(C), len(w))
+        dots = {"markersize": 2, "alpha": 0.2, "color": f"C{l}", "label": f"block {l + 1}"}
+        axis.plot(places, w[:, l].ravel(), ".", **dots)
+    axis.set(title=f"{kind}: w of {len(w)} test subtasks", xlabel="feature map", ylabel="w")
+    legend = axis.legend(loc="upper right", fontsize="small")
+    for handle in legend.legend_handles:
+        handle.set(alpha=1, markersize=8)
+
+
+def draw_last_block(axis, weights):
+    """{label: weights (C,) of one subtask}, as bars beside each other."""
+    for (label, values), side in zip(weights.items(), (-0.2, 0.2)):
+        most = np.abs(values).max().clip(1e-12)
+        places = np.arange(len(values)) + side
+        axis.bar(places, values / most, 0.4, label=f"{label}, divided by {most:.2g}")
+    axis.axhline(0, color="black", linewidth=0.8)
+    title = "the last block's, first test subtask, each scaled to 1"
+    axis.set(title=title, xlabel="feature map", ylabel="w, scaled")
+    axis.legend(fontsize="small")
 
 
 def open_run(given):

@@ -91,41 +91,8 @@ REUSE = [["--algorithm", "maml"], *(["--modulation", modulation] for modulation 
 
 def bench_loader(args, shots):
     """-> {"sampler": [tasks/s of each round], "decoding loader": [...]}, rounds in alternation."""
-    device = torch.device(args.device)
-    episodes = data.Episodes(
-        args.modes,
-        "train",
-        args.ways,
-        shots,
-        args.queries,
-        args.image_size,
-        0,
-        device,
-        args.data_root,
-        args.cache_dir,
-        args.synthetic,
-    )
-    loader = torch.utils.data.DataLoader(
-        DecodingLoader(baseline_sources(args), args, shots),
-        batch_size=None,
-        num_workers=args.workers,
-        prefetch_factor=2,
-    )
-    tasks, first = iter(loader), 0
-
-    def ours():
-        nonlocal first
-        episodes.tasks(first, BATCH)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        first += BATCH
-        return BATCH
-
-    def theirs():
-        for x in next(tasks):
-            x.to(device)
-        return 1
-
+    ours = prepare_sampler(args, shots)
+    theirs = prepare_loader(args, shots)
     samples = {"sampler": [], "decoding loader": []}
     for _ in range(2 * args.workers):
         theirs()
@@ -139,40 +106,62 @@ def bench_loader(args, shots):
     return samples
 
 
+def prepare_sampler(args, shots):
+    """-> draw(): has our sampler make the next BATCH tasks, and returns how many they are."""
+    device = torch.device(args.device)
+    shape = (args.ways, shots, args.queries, args.image_size)
+    seed = 0
+    where = (args.data_root, args.cache_dir, args.synthetic)
+    episodes = data.Episodes(args.modes, "train", *shape, seed, device, *where)
+    first = 0
+
+    def draw():
+        nonlocal first
+        episodes.tasks(first, BATCH)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        first += BATCH
+        return BATCH
+
+    return draw
+
+
+def prepare_loader(args, shots):
+    """-> draw(): takes the next task from the baseline's workers to the device, and returns 1."""
+    loader = torch.utils.data.DataLoader(
+        DecodingLoader(baseline_sources(args), args, shots),
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=2,
+    )
+    tasks = iter(loader)
+
+    def draw():
+        for x in next(tasks):
+            x.to(args.device)
+        return 1
+
+    return draw
+
+
 def bench_train(name, args, shots):
     """One script at one shape -> a row: "samples" {what: [milliseconds of each round]}, in alternation but for evaluation, and memory."""
     step, sample, module, options, params = prepare_step(name, args, shots)
-    single = prepare_step(name, argparse.Namespace(**vars(args) | {"workers": 1}), shots)[0]
-    queue = []
-
-    def ready():  # tasks of our sampler, one after another
-        if not queue:
-            batch = sample()
-            queue.extend(zip(batch.support_x, batch.query_x))
-        return queue.pop()
-
+    draw = one_after_another(sample)
     runs = {
         "ours": with_threads(1, step),
         "sampler": with_threads(1, sample),
         "floor": prepare_floor(module, options, params, torch.channels_last),
         "floor, PyTorch's own layout": prepare_floor(module, options, params, torch.contiguous_format),
-        "plain": with_threads(data.cores(), prepare_plain(module, options, ready)),
+        "plain": with_threads(data.cores(), prepare_plain(module, options, draw)),
     }
     if args.device == "cpu":
-        runs["ours, 1 worker"] = with_threads(1, single)
+        runs["ours, 1 worker"] = changed_step(name, args, shots, workers=1)
     if has_bf16(args.device) and args.precision == "fp32":
-        half = prepare_step(name, argparse.Namespace(**vars(args) | {"precision": "bf16"}), shots)[0]
-        runs["ours, bf16"] = with_threads(1, half)
+        runs["ours, bf16"] = changed_step(name, args, shots, precision="bf16")
     samples = in_rounds(runs, args)
-    count = min(options.test_tasks, 20 * args.repeat)
-    test = data.Episodes.of(options, "test")
-    evaluation = with_threads(1, lambda: module.evaluate(params, test, count, options))
-    with neighbour(args.busy):
-        samples["evaluation of 1,000 tasks"] = [
-            clock(evaluation, args.device) * 1000 / count for _ in range(args.rounds)
-        ]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        memory = pool.apply(peak_memory, (prepare_step, name, args, shots))
+    samples["evaluation of 1,000 tasks"] = evaluation_times(module, options, params, args)
+    memory = peak_of(prepare_step, name, args, shots)
     return {
         "script": name,
         "modulation": SCRIPTS[name],
@@ -180,6 +169,40 @@ def bench_train(name, args, shots):
         "samples": samples,
         "peak_MiB": round(memory, 1),
     }
+
+
+def one_after_another(sample):
+    """-> draw(): the support and query images of one task; sample() is called whenever all tasks of a batch are used."""
+    queue = []
+
+    def draw():
+        if not queue:
+            batch = sample()
+            queue.extend(zip(batch.support_x, batch.query_x))
+        return queue.pop()
+
+    return draw
+
+
+def changed_step(name, args, shots, **flags):
+    """One iteration of a script in one thread per operation, with other flags than `args` has -> function."""
+    other = argparse.Namespace(**vars(args) | flags)
+    return with_threads(1, prepare_step(name, other, shots)[0])
+
+
+def evaluation_times(module, options, params, args):
+    """Milliseconds that the evaluation of 1,000 test tasks takes, in each round: measured on fewer tasks, and scaled."""
+    count = min(options.test_tasks, 20 * args.repeat)
+    test = data.Episodes.of(options, "test")
+    evaluation = with_threads(1, lambda: module.evaluate(params, test, count, options))
+    with neighbour(args.busy):
+        return [clock(evaluation, args.device) * 1000 / count for _ in range(args.rounds)]
+
+
+def peak_of(*given):
+    """What peak_memory gives, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, given)
 
 
 def bench_peers(args, shots):
@@ -205,18 +228,22 @@ def peers_table(rows, args):
     """What bench_peers found -> Markdown."""
     lines = ["| script | shots | ours, ms | peer | ms | peer / ours |", "|" + " --- |" * 6]
     for row in rows:
+        script, peer = f"{row['script']}.py --modulation none", row["peer"]
         if "failed" in row:
-            lines.append(
-                f"| {row['script']}.py --modulation none | {row['shots']} | - | {row['peer']} | {row['failed']} | - |"
-            )
+            lines.append(table_row([script, row["shots"], "-", peer, row["failed"], "-"]))
             continue
-        ours, theirs = row["samples"]["ours"], row["samples"][row["peer"]]
+        if args.busy:
+            script += ", busy"
+        ours, theirs = row["samples"]["ours"], row["samples"][peer]
         ratio = statistics.median(theirs) / statistics.median(ours)
-        lines.append(
-            f"| {row['script']}.py --modulation none{', busy' if args.busy else ''} | {row['shots']} | {spread(ours)} | {row['peer']} | "
-            f"{spread(theirs)} | {ratio:.2f} |"
-        )
+        cells = [script, row["shots"], spread(ours), peer, spread(theirs), f"{ratio:.2f}"]
+        lines.append(table_row(cells))
     return "\n".join(lines)
+
+
+def table_row(cells):
+    """Cells -> a line of a Markdown table."""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def bench_variants(name, args, shots):
@@ -236,43 +263,33 @@ def bench_variants(name, args, shots):
 
 
 def profile(name, args, shots):
+    """Print where one training iteration of a script spends its time."""
     step = prepare_step(name, args, shots)[0]
     for _ in range(3):
         step()
     with torch.profiler.profile() as record:
         step()
     by = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
-    print(
-        f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot\n"
-        + record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)
-    )
+    print(f"\n{name} --modulation {SCRIPTS[name]}, {shots}-shot")
+    print(record.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
 
 
 def bench_steps(args, shots):
     """-> a row for each of ADAPTATIONS: {"algorithm", "adapts", "samples": milliseconds of each round, "peak_MiB"}."""
-    found = []
+    steps, rows = [], []
     for words in ADAPTATIONS:
         step, options = prepare_adaptation(words, args, shots)
-        found.append(
-            (
-                step,
-                {
-                    "algorithm": options.method,
-                    "adapts": " ".join(options.adapt) or "its context",
-                    "shots": shots,
-                    "samples": [],
-                },
-            )
-        )
+        adapts = " ".join(options.adapt) or "its context"
+        steps.append(step)
+        rows.append({"algorithm": options.method, "adapts": adapts, "shots": shots, "samples": []})
     for number in range(args.rounds + 1):
-        for step, row in found:
+        for step, row in zip(steps, rows):
             took = clock(step, args.device, args.repeat)
-            if number:
+            if number:  # round 0 warms up
                 row["samples"].append(took)
-    for words, (_, row) in zip(ADAPTATIONS, found):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row["peak_MiB"] = round(pool.apply(peak_memory, (prepare_adaptation, words, args, shots)), 1)
-    return [row for _, row in found]
+    for words, row in zip(ADAPTATIONS, rows):
+        row["peak_MiB"] = round(peak_of(prepare_adaptation, words, args, shots), 1)
+    return rows
 
 
 def steps_table(rows, args):
@@ -281,37 +298,37 @@ def steps_table(rows, args):
         "| inner step | adapts | shots | ms | beside MAML | beside MAML on the same layers | peak MiB |",
         "|" + " --- |" * 7,
     ]
-    middle = {(row["shots"], row["algorithm"]): statistics.median(row["samples"]) for row in rows}
+    middle = {}
     for row in rows:
-        same = middle.get((row["shots"], f"MAML on {row['adapts'].replace(' ', '+')}"))
-        ms, low, high = middle[row["shots"], row["algorithm"]], min(row["samples"]), max(row["samples"])
-        lines.append(
-            f"| {row['algorithm']} | {row['adapts']} | {row['shots']} | {ms:.4g} ({low:.4g} to {high:.4g}) | "
-            f"{ms / middle[row['shots'], 'MAML']:.2f} | {f'{ms / same:.2f}' if same else '-'} | {row['peak_MiB']:.0f} |"
-        )
+        middle[row["shots"], row["algorithm"]] = statistics.median(row["samples"])
+    for row in rows:
+        shots = row["shots"]
+        ms = middle[shots, row["algorithm"]]
+        beside = f"{ms / middle[shots, 'MAML']:.2f}"
+        layers = row["adapts"].replace(" ", "+")
+        same = middle.get((shots, f"MAML on {layers}"))
+        beside_same = f"{ms / same:.2f}" if same else "-"
+        named = [row["algorithm"], row["adapts"], shots]
+        cells = [*named, spread(row["samples"]), beside, beside_same, f"{row['peak_MiB']:.0f}"]
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
 def bench_reuse(args, shots):
     """-> a row for each of REUSE: {"method", "parameters", "train" and "test": milliseconds of each round}, in alternation."""
-    found = []
+    rows, calls = [], []  # calls: [(function, the list of its times), ...]
     for words in REUSE:
         train, test, options, params = prepare_reuse(words, args, shots)
         count = sum(w.numel() for w in params.values())
-        found.append(
-            (
-                train,
-                test,
-                {"method": options.method, "shots": shots, "parameters": count, "train": [], "test": []},
-            )
-        )
+        row = {"method": options.method, "shots": shots, "parameters": count, "train": [], "test": []}
+        rows.append(row)
+        calls += [(train, row["train"]), (test, row["test"])]
     for number in range(args.rounds + 1):
-        for train, test, row in found:
-            for what, function in (("train", train), ("test", test)):
-                took = clock(function, args.device, args.repeat)
-                if number:  # round 0 warms up
-                    row[what].append(took)
-    return [row for *_, row in found]
+        for function, samples in calls:
+            took = clock(function, args.device, args.repeat)
+            if number:  # round 0 warms up
+                samples.append(took)
+    return rows
 
 
 def reuse_table(rows, args):
@@ -320,33 +337,27 @@ def reuse_table(rows, args):
         "| method | shots | ms per training meta-batch | times as fast as MAML | ms per test task | times as fast as MAML | parameters | beside MAML |",
         "|" + " --- |" * 8,
     ]
-    maml = {row["shots"]: row for row in rows if row["method"] == "MAML"}
+    of_maml = {row["shots"]: row for row in rows if row["method"] == "MAML"}
     for row in rows:
+        maml = of_maml[row["shots"]]
         cells = [row["method"], row["shots"]]
         for what in ("train", "test"):
-            ms = statistics.median(row[what])
-            cells += [
-                f"{ms:.4g} ({min(row[what]):.4g} to {max(row[what]):.4g})",
-                f"{statistics.median(maml[row['shots']][what]) / ms:.2f}",
-            ]
-        cells += [f"{row['parameters']:,}", f"{row['parameters'] / maml[row['shots']]['parameters']:.2f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+            ratio = statistics.median(maml[what]) / statistics.median(row[what])
+            cells += [spread(row[what]), f"{ratio:.2f}"]
+        ratio = row["parameters"] / maml["parameters"]
+        cells += [f"{row['parameters']:,}", f"{ratio:.2f}"]
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
 def variants_table(rows, args):
     """What bench_variants found -> Markdown: medians, and in brackets the smallest and largest."""
-    lines = [
-        f"| script | shots | {' | '.join(f'{variant}, ms' for variant in args.variants)} |",
-        "|" + " --- |" * (2 + len(args.variants)),
-    ]
+    heads = ["script", "shots", *(f"{variant}, ms" for variant in args.variants)]
+    lines = [table_row(heads), "|" + " --- |" * len(heads)]
     for row in rows:
-        cells = [
-            f"{statistics.median(x):.4g} ({min(x):.4g} to {max(x):.4g})" for x in row["samples"].values()
-        ]
-        lines.append(
-            f"| {row['script']}.py --modulation {row['modulation']} | {row['shots']} | {' | '.join(cells)} |"
-        )
+        script = f"{row['script']}.py --modulation {row['modulation']}"
+        times = [spread(samples) for samples in row["samples"].values()]
+        lines.append(table_row([script, row["shots"], *times]))
     return "\n".join(lines)
 
 
@@ -364,18 +375,30 @@ def train_table(rows, args):
         "peak MiB",
         "s for 1,000 test tasks",
     )
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in rows:
-        middle = {what: statistics.median(values) for what, values in row["samples"].items()}
-        floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
-        single = f"{middle['ours, 1 worker'] / middle['ours']:.2f}" if "ours, 1 worker" in middle else "-"
-        half = f"{middle['ours'] / middle['ours, bf16']:.2f}" if "ours, bf16" in middle else "-"
-        lines.append(
-            f"| {row['script']}.py --modulation {row['modulation']}, {args.image_size} px{', busy' if args.busy else ''} | {row['shots']} | "
-            f"{spread(row['samples']['ours'])} | {single} | {half} | {floor / middle['ours']:.2f} | {middle['plain'] / middle['ours']:.2f} | "
-            f"{100 * middle['sampler'] / middle['ours']:.1f} % | {row['peak_MiB']:.0f} | {middle['evaluation of 1,000 tasks'] / 1000:.3g} |"
-        )
+    lines = [table_row(head), "|" + " --- |" * len(head)]
+    lines += [table_row(train_cells(row, args)) for row in rows]
     return "\n".join(lines)
+
+
+def train_cells(row, args):
+    """What bench_train found of one script at one shape -> the cells of train_table."""
+    middle = {what: statistics.median(values) for what, values in row["samples"].items()}
+    ours = middle["ours"]
+    single, half = middle.get("ours, 1 worker"), middle.get("ours, bf16")
+    floor = min(middle["floor"], middle["floor, PyTorch's own layout"])
+    busy = ", busy" if args.busy else ""
+    return [
+        f"{row['script']}.py --modulation {row['modulation']}, {args.image_size} px{busy}",
+        row["shots"],
+        spread(row["samples"]["ours"]),
+        f"{single / ours:.2f}" if single else "-",
+        f"{ours / half:.2f}" if half else "-",
+        f"{floor / ours:.2f}",
+        f"{middle['plain'] / ours:.2f}",
+        f"{100 * middle['sampler'] / ours:.1f} %",
+        f"{row['peak_MiB']:.0f}",
+        f"{middle['evaluation of 1,000 tasks'] / 1000:.3g}",
+    ]
 
 
 TABLES = {  # of each part but loader and gpu, in the order of the help
@@ -480,7 +503,8 @@ def show_loader(samples, about):
 
 def write(record, args):
     """Write every sample, the flags and the versions to --json."""
-    device = platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    is_cpu = args.device == "cpu"
+    device = platform.machine() if is_cpu else torch.cuda.get_device_name(args.device)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -489,7 +513,8 @@ def write(record, args):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "json")}
+    left_out = ("data_root", "cache_dir", "json")
+    kept = {flag: value for flag, value in vars(args).items() if flag not in left_out}
     text = json.dumps(record | {"args": kept, "versions": versions}, indent=1)
     data.atomic_write(Path(args.json), text)
 

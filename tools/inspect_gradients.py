@@ -48,7 +48,8 @@ def load(folder):
         fail(f"there is no {path}: train with modgrad.py first, or name the folder of a run")
     try:
         checkpoint = read_tensors(path)
-        recorded, params, done = checkpoint["identity"], checkpoint["params"], checkpoint["iteration"]
+        recorded = checkpoint["identity"]
+        params, done = checkpoint["params"], checkpoint["iteration"]
         method = recorded["method"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a run")
@@ -67,69 +68,95 @@ def adapted(params, options):
 def draw_noise(like, sigma, number):
     """Noise of standard deviation sigma for test task `number`: at every level the same pattern -> dict of tensors."""
     rng = torch.Generator().manual_seed(number)
-    return {k: sigma * torch.randn(w.shape, generator=rng).to(w.device) for k, w in like.items()}
+    noise = {}
+    for k, w in like.items():
+        noise[k] = sigma * torch.randn(w.shape, generator=rng).to(w.device)
+    return noise
+
+
+def task_of(episodes, j):
+    """Task j."""
+    return Task(*(x[0] for x in episodes.tasks(j, 1)))
 
 
 @torch.no_grad()
 def accuracies(params, options, episodes, count, levels):
     """Of the first `count` test tasks at each level of noise, in % -> array (levels, 2, count): paper's protocol, inductive."""
-    like, found = adapted(params, options), np.zeros((len(levels), 2, count))
+    like = adapted(params, options)
+    found = np.zeros((len(levels), 2, count))
     for j in tqdm(range(count), desc=f"{options.method}: tasks with noise", disable=None, leave=False):
-        task = Task(*(x[0] for x in episodes.tasks(j, 1)))
+        task = task_of(episodes, j)
         for i, sigma in enumerate(levels):
-            _, *logits = modgrad.task_loss(
-                params, task, options, True, draw_noise(like, sigma, j) if sigma else None
-            )
-            found[i, :, j] = [100 * (x.argmax(-1) == task.query_y).double().mean().item() for x in logits]
+            noise = draw_noise(like, sigma, j) if sigma else None
+            _, *logits = modgrad.task_loss(params, task, options, True, noise)
+            for protocol, x in enumerate(logits):
+                right = (x.argmax(-1) == task.query_y).double()
+                found[i, protocol, j] = 100 * right.mean().item()
     return found
 
 
 @torch.no_grad()
 def first_steps(params, options, episodes, count):
     """The first inner step of the first `count` tasks -> list of (gradient, change of what is adapted), two dicts."""
-    found, step = [], modgrad.STEPS[options.algorithm]
+    step = modgrad.STEPS[options.algorithm]
 
     def recorded(params, fast, loss, args, noisy):
         after = step(params, fast, loss, args, noisy)
-        seen.append((noisy(torch.func.grad(loss)(fast)), {k: after[k] - fast[k] for k in fast}))
+        gradient = noisy(torch.func.grad(loss)(fast))
+        seen.append((gradient, {k: after[k] - fast[k] for k in fast}))
         return after
 
+    found = []
     with mock.patch.dict(modgrad.STEPS, {options.algorithm: recorded}):
         for j in range(count):
             seen = []
-            modgrad.task_loss(params, Task(*(x[0] for x in episodes.tasks(j, 1))), options)
+            modgrad.task_loss(params, task_of(episodes, j), options)
             found.append(seen[0])
     return found
 
 
+def flat(tensors):
+    """All entries of a dict of tensors, in a row."""
+    return torch.cat([w.flatten() for w in tensors.values()])
+
+
 def norm(tensors):
-    return torch.cat([w.flatten() for w in tensors.values()]).norm().item()
+    """The norm of all entries of a dict of tensors."""
+    return flat(tensors).norm().item()
 
 
 def step_length(params, options, episodes, count):
     """Median length of the first inner step."""
-    return float(np.median([norm(change) for _, change in first_steps(params, options, episodes, count)]))
+    steps = first_steps(params, options, episodes, count)
+    return float(np.median([norm(change) for _, change in steps]))
 
 
 def spectrum(steps):
     """Steps from `first_steps` -> {kernel: {"raw", "modulated": singular values relative to the largest, mean over tasks,
     "rank raw", "rank modulated": how many carry 90 % of the energy, mean over tasks, "tasks raw", ...: so many tasks, whose step
     is not zero}}."""
+    first, _ = steps[0]
+    kernels = [k for k, w in first.items() if w.dim() == 4]
     found = {}
-    for k in (k for k, w in steps[0][0].items() if w.dim() == 4):
-        found[k] = {}
-        for name, which in (("raw", 0), ("modulated", 1)):
-            values = torch.linalg.svdvals(
-                torch.stack([step[which][k].flatten(1) for step in steps]).double()
-            )  # (tasks, C_out)
-            values = values[values[:, 0] > 0]  # M can be zero everywhere: such a step has no spectrum
-            found[k][f"tasks {name}"] = len(values)
-            if not len(values):
-                found[k] |= {name: [0.0] * len(steps[0][which][k]), f"rank {name}": 0.0}
-                continue
-            energy = values.square().cumsum(1) / values.square().sum(1, keepdim=True)
-            found[k][name] = (values / values[:, :1]).mean(0).tolist()
-            found[k][f"rank {name}"] = ((energy < ENERGY).sum(1) + 1).double().mean().item()
+    for k in kernels:
+        raw = [gradient[k] for gradient, _ in steps]
+        modulated = [change[k] for _, change in steps]
+        found[k] = spectrum_of("raw", raw) | spectrum_of("modulated", modulated)
+    return found
+
+
+def spectrum_of(name, kernels):
+    """The steps of one kernel, each seen as a matrix (C_out, C_in * 9) -> those entries of `spectrum` that bear this name."""
+    matrices = torch.stack([kernel.flatten(1) for kernel in kernels])
+    values = torch.linalg.svdvals(matrices.double())  # (tasks, C_out)
+    values = values[values[:, 0] > 0]  # M can be zero everywhere: such a step has no spectrum
+    found = {f"tasks {name}": len(values)}
+    if not len(values):
+        return found | {name: [0.0] * len(kernels[0]), f"rank {name}": 0.0}
+    energy = values.square().cumsum(1) / values.square().sum(1, keepdim=True)
+    rank = (energy < ENERGY).sum(1) + 1
+    found[name] = (values / values[:, :1]).mean(0).tolist()
+    found[f"rank {name}"] = rank.double().mean().item()
     return found
 
 
@@ -161,11 +188,13 @@ def inspect(runs, args):
 
 def describe(options, params, done, args):
     """What is known of a run without noise: its setting, the length of its first step, its spectrum -> Inspected."""
-    options.data_root, options.cache_dir, options.device = args.data_root, args.cache_dir, "cpu"
+    options.data_root, options.cache_dir = args.data_root, args.cache_dir
+    options.device = "cpu"
     options.allow_shared_classes = True  # training on these images has decided that
     test, validation = Episodes.of(options, "test"), Episodes.of(options, "val")
+    is_at_one = getattr(options, "start_at_one", False)
     row = {
-        "run": options.method + (", started at one" if vars(options).get("start_at_one") else ""),
+        "run": f"{options.method}, started at one" if is_at_one else options.method,
         "algorithm": options.algorithm,
         "modes": options.modes,
         "shots": options.shots,
@@ -176,7 +205,7 @@ def describe(options, params, done, args):
         "synthetic": options.synthetic,
         "steps": options.steps,
         "alpha": options.alpha,
-        "adapted": len(torch.cat([w.flatten() for w in adapted(params, options).values()])),
+        "adapted": len(flat(adapted(params, options))),
         "step_length": step_length(params, options, validation, args.step_tasks),
     }
     if args.spectrum and options.algorithm != "cavia":
@@ -189,7 +218,8 @@ def scaled(one, length):
     alpha = one.options.alpha * length / one.row["step_length"]
     row = {key: value for key, value in one.row.items() if key != "spectrum"}
     row |= {"run": f"{row['run']}, step scaled", "alpha": alpha, "step_length": length}
-    return Inspected(row, one.params, argparse.Namespace(**vars(one.options) | {"alpha": alpha}), one.test)
+    options = argparse.Namespace(**vars(one.options) | {"alpha": alpha})
+    return Inspected(row, one.params, options, one.test)
 
 
 def add_noise(one, args):
@@ -209,34 +239,39 @@ def add_noise(one, args):
 
 
 def label(row):
-    return f"{row['run']} ({row['steps']} step{'s' * (row['steps'] > 1)} of {row['alpha']:.3g})"
+    """A run's name and its steps, as tables and figures show them."""
+    word = "steps" if row["steps"] > 1 else "step"
+    return f"{row['run']} ({row['steps']} {word} of {row['alpha']:.3g})"
 
 
 def noise_table(rows):
     """-> Markdown: accuracy at each level, and what the highest level costs."""
     levels = list(rows[0]["noise"])
-    lines = [
-        f"| run | {' | '.join(f'noise {sigma}' for sigma in levels)} | change at {levels[-1]} |",
-        "|" + " --- |" * (len(levels) + 2),
-    ]
+    heads = ["run", *(f"noise {sigma}" for sigma in levels), f"change at {levels[-1]}"]
+    lines = [table_row(heads), "|" + " --- |" * len(heads)]
     for row in rows:
-        scores = [row["noise"][sigma]["accuracy"]["overall"] for sigma in levels]
+        cells = [label(row)]
+        for found in row["noise"].values():
+            cells.append("{mean:.2f} ± {ci95:.2f}".format(**found["accuracy"]["overall"]))
         change = row["noise"][levels[-1]]["change"]["overall"]
-        lines.append(
-            f"| {label(row)} | {' | '.join('{mean:.2f} ± {ci95:.2f}'.format(**x) for x in scores)} | "
-            f"{change['mean']:+.2f} ± {change['ci95']:.2f} |"
-        )
+        cells.append("{mean:+.2f} ± {ci95:.2f}".format(**change))
+        lines.append(table_row(cells))
     return "\n".join(lines)
+
+
+def table_row(cells):
+    """Cells -> a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def spectrum_table(rows):
     """-> Markdown: how many singular values of each kernel's step carry 90 % of its energy."""
     lines = ["| run | kernel | of | raw | modulated |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        for k, x in row.get("spectrum", {}).items():
-            lines.append(
-                f"| {label(row)} | {k} | {len(x['raw'])} | {x['rank raw']:.2f} | {x['rank modulated']:.2f} |"
-            )
+        for kernel, found in row.get("spectrum", {}).items():
+            ranks = [f"{found['rank raw']:.2f}", f"{found['rank modulated']:.2f}"]
+            cells = [label(row), kernel, str(len(found["raw"])), *ranks]
+            lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -247,9 +282,10 @@ def draw(rows, about, args, out):
     matplotlib.use("Agg")
     if "noise" in rows[0]:
         noise_figure(rows, f"{about}, {args.tasks} test tasks, 95 % intervals", out / "gradient-noise.png")
-    rows = [row for row in rows if row.get("spectrum")]
-    if rows:
-        spectra_figure(rows, f"{about}, mean of {args.step_tasks} test tasks", out / "gradient-spectrum.png")
+    with_spectrum = [row for row in rows if row.get("spectrum")]
+    if with_spectrum:
+        what = f"{about}, mean of {args.step_tasks} test tasks"
+        spectra_figure(with_spectrum, what, out / "gradient-spectrum.png")
 
 
 def noise_figure(rows, about, file):
@@ -263,7 +299,8 @@ def noise_figure(rows, about, file):
         means = [x["mean"] for x in scores]
         halves = [x["ci95"] for x in scores]
         style = ":" if "scaled" in row["run"] else "-"
-        axis.errorbar(levels, means, halves, capsize=2, linewidth=1.4, label=label(row), linestyle=style)
+        look = {"capsize": 2, "linewidth": 1.4, "linestyle": style, "label": label(row)}
+        axis.errorbar(levels, means, halves, **look)
     axis.set_xscale("symlog", linthresh=min(s for s in levels if s))
     axis.set_xticks(levels, [f"{s:g}" for s in levels])
     axis.minorticks_off()
@@ -288,20 +325,7 @@ def spectra_figure(rows, about, file):
         1, len(kernels), figsize=size, squeeze=False, layout="constrained", sharey=True
     )
     for kernel, axis in zip(kernels, axes[0]):
-        for i, row in enumerate(rows):
-            for name, style in (("raw", ":"), ("modulated", "-")) if kernel in row["spectrum"] else ():
-                values = row["spectrum"][kernel][name]
-                places = range(1, len(values) + 1)
-                what = f"{label(row)}, {name}"
-                axis.plot(places, values, style, color=f"C{i}", label=what, linewidth=1.4)
-        axis.set(
-            yscale="log",
-            ylim=(1e-4, 1.2),
-            title=kernel,
-            xlabel="singular value",
-            ylabel="relative to the largest",
-        )
-        axis.grid(alpha=0.3)
+        draw_spectra(axis, rows, kernel)
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", fontsize="x-small", ncols=2)
     figure.suptitle(textwrap.fill(about, 60 * len(kernels)), fontsize="medium")
@@ -309,7 +333,28 @@ def spectra_figure(rows, about, file):
     plt.close(figure)
 
 
+def draw_spectra(axis, rows, kernel):
+    """The panel of one kernel."""
+    for i, row in enumerate(rows):
+        if kernel not in row["spectrum"]:
+            continue
+        for name, style in (("raw", ":"), ("modulated", "-")):
+            values = row["spectrum"][kernel][name]
+            places = range(1, len(values) + 1)
+            what = f"{label(row)}, {name}"
+            axis.plot(places, values, style, color=f"C{i}", label=what, linewidth=1.4)
+    axis.set(
+        yscale="log",
+        ylim=(1e-4, 1.2),
+        title=kernel,
+        xlabel="singular value",
+        ylabel="relative to the largest",
+    )
+    axis.grid(alpha=0.3)
+
+
 def get_args(argv=None):
+    """The command line -> its flags, checked; 0 is among the levels of noise."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of modgrad.py runs")
@@ -332,26 +377,39 @@ def get_args(argv=None):
     p.add_argument("--cache-dir", default=".cache", help="decoded images")
     p.add_argument("--out", default="results/gradients", help="folder of gradients.json and the figures")
     args = p.parse_args(argv)
-    if not args.gradient_noise and not args.spectrum:
-        fail("nothing to do: give --gradient-noise SIGMA ..., --spectrum, or both")
-    if args.gradient_noise and not (
-        all(0 <= sigma < float("inf") for sigma in args.gradient_noise) and any(args.gradient_noise)
-    ):
-        fail(
-            f"--gradient-noise {' '.join(map(str, args.gradient_noise))}: give numbers of 0 or more, at least one above it"
-        )
-    args.gradient_noise = sorted({0.0, *args.gradient_noise}) if args.gradient_noise else []
-    for key, least in (("tasks", 10), ("step_tasks", 2)):
-        if getattr(args, key) < least:
-            fail(f"--{key.replace('_', '-')} {getattr(args, key)}: give {least} or more")
+    check(args)
+    if args.gradient_noise:
+        args.gradient_noise = sorted({0.0, *args.gradient_noise})
     return args
+
+
+def check(args):
+    """Exit if there is nothing to do, or a flag is out of range."""
+    levels = args.gradient_noise
+    if not levels and not args.spectrum:
+        fail("nothing to do: give --gradient-noise SIGMA ..., --spectrum, or both")
+    are_in_range = all(0 <= sigma < float("inf") for sigma in levels)
+    if levels and not (are_in_range and any(levels)):
+        given = " ".join(map(str, levels))
+        fail(f"--gradient-noise {given}: give numbers of 0 or more, at least one above it")
+    for key, least in (("tasks", 10), ("step_tasks", 2)):
+        value = getattr(args, key)
+        if value < least:
+            fail(f"--{key.replace('_', '-')} {value}: give {least} or more")
+
+
+def setting_of(options):
+    """What decides on test tasks: modes, ways, shots, queries, image size, --synthetic."""
+    shape = (options.ways, options.shots, options.queries, options.image_size)
+    return (*options.modes, *shape, options.synthetic)
 
 
 def main():
     args = get_args()
-    runs, out = {folder: load(folder) for folder in args.runs}, Path(args.out)
-    options = [run[0] for run in runs.values()]
-    if len({(*o.modes, o.ways, o.shots, o.queries, o.image_size, o.synthetic) for o in options}) > 1:
+    out = Path(args.out)
+    runs = {folder: load(folder) for folder in args.runs}
+    settings = {setting_of(options) for options, _, _ in runs.values()}
+    if len(settings) > 1:
         fail(
             "the runs differ in modes, ways, shots, queries, image size or --synthetic: their tasks are not the same"
         )
@@ -359,19 +417,21 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out}: {error.strerror}; give another folder")
-    rows, o = inspect(runs, args), options[0]
-    about = f"{'SYNTHETIC ' * o.synthetic}{'+'.join(o.modes)}, {o.ways}-way {o.shots}-shot, {o.image_size} px"
+    rows = inspect(runs, args)
+    o, _, _ = runs[args.runs[0]]
+    about = "SYNTHETIC " if o.synthetic else ""
+    about += f"{'+'.join(o.modes)}, {o.ways}-way {o.shots}-shot, {o.image_size} px"
     print(f"{about}; last parameters")
     if args.gradient_noise:
-        print(
-            f"\nAccuracy in % (paper protocol) with noise on the inner gradients, {args.tasks} test tasks\n\n{noise_table(rows)}"
-        )
+        what = "Accuracy in % (paper protocol) with noise on the inner gradients"
+        print(f"\n{what}, {args.tasks} test tasks\n\n{noise_table(rows)}")
     if args.spectrum:
-        print(
-            f"\nSingular values with {100 * ENERGY:.0f} % of the energy of the first step, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}"
-        )
-    kept = {k: v for k, v in vars(args).items() if k not in ("data_root", "cache_dir", "out", "runs")}
-    atomic_write(out / "gradients.json", json.dumps({"setting": kept, "found": rows}, allow_nan=False) + "\n")
+        what = f"Singular values with {100 * ENERGY:.0f} % of the energy of the first step"
+        print(f"\n{what}, mean of {args.step_tasks} test tasks\n\n{spectrum_table(rows)}")
+    left_out = ("data_root", "cache_dir", "out", "runs")
+    kept = {flag: value for flag, value in vars(args).items() if flag not in left_out}
+    record = {"setting": kept, "found": rows}
+    atomic_write(out / "gradients.json", json.dumps(record, allow_nan=False) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         draw(rows, about, args, out)
     else:

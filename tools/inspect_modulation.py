@@ -48,24 +48,24 @@ def load(folder):
         fail(f"there is no {path}: train first, or name the folder of a run")
     try:
         checkpoint = read_tensors(path)
-        checkpoint["identity"]["method"], checkpoint["params"], checkpoint["iteration"]
+        recorded = checkpoint["identity"]
+        method = recorded["method"]
+        params, iteration = checkpoint["params"], checkpoint["iteration"]
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
         fail(f"{path} is no checkpoint ({type(error).__name__}): name the folder of a finished run")
-    if checkpoint["identity"]["method"] not in SCRIPTS:
-        fail(
-            f"{folder} is a run of {checkpoint['identity']['method']}: only {' and '.join(SCRIPTS)} have an M"
-        )
-    module = importlib.import_module(SCRIPTS[checkpoint["identity"]["method"]])
-    embed = checkpoint["identity"].get("embed")
+    if method not in SCRIPTS:
+        fail(f"{folder} is a run of {method}: only {' and '.join(SCRIPTS)} have an M")
+    module = importlib.import_module(SCRIPTS[method])
+    embed = recorded.get("embed")
     if embed in ("query", "other"):
         fail(f"{folder} was trained with --embed {embed}: its v is not the support images'; name another run")
-    args = flags_of_run(checkpoint["identity"], module)
-    return module, args, checkpoint["params"], checkpoint["iteration"]
+    return module, flags_of_run(recorded, module), params, iteration
 
 
 def embed_and_modulate(module, params, episodes, count):
     """Of the first `count` tasks: v (count, 128), {layer: M (count, entries)}, mode (count,)."""
-    v, M, modes = [], {f"conv{l}.weight": [] for l in module.LAYERS}, []
+    v, modes = [], []
+    M = {f"conv{l}.weight": [] for l in module.LAYERS}
     for j in range(count):
         task = episodes.tasks(j, 1)
         v.append(module.encode_task(params, task.support_x[0]))
@@ -73,19 +73,23 @@ def embed_and_modulate(module, params, episodes, count):
         for k, x in M.items():
             x.append(omega[k].flatten())
         modes.append(int(task.mode[0]))
-    return torch.stack(v), {k: torch.stack(x) for k, x in M.items()}, torch.tensor(modes)
+    M = {k: torch.stack(x) for k, x in M.items()}
+    return torch.stack(v), M, torch.tensor(modes)
 
 
 def accuracies(module, args, params, episodes, vs):
     """Accuracy in % on test task j with vs[what][j] in place of its own v -> {what: a list, a number for each task}."""
-    encode, found = module.encode_task, {what: [] for what in vs}
+    encode = module.encode_task
+    count = len(next(iter(vs.values())))
+    found = {what: [] for what in vs}
     try:
-        for j in range(len(next(iter(vs.values())))):
+        for j in range(count):
             task = Task(*(x[0] for x in episodes.tasks(j, 1)))
             for what, v in vs.items():
                 module.encode_task = lambda *_, v=v[j]: v
                 logits = module.task_loss(params, task, args)[1]
-                found[what].append(100 * (logits.argmax(-1) == task.query_y).double().mean().item())
+                right = (logits.argmax(-1) == task.query_y).double()
+                found[what].append(100 * right.mean().item())
     finally:
         module.encode_task = encode
     return found
@@ -93,7 +97,8 @@ def accuracies(module, args, params, episodes, vs):
 
 def filter_norms(base, modulated, layer):
     """Norm of each filter of a layer after modulation, relative to its norm before -> (C_out,)."""
-    before, after = (params[f"{layer}.weight"].flatten(1).norm(dim=1) for params in (base, modulated))
+    before = base[f"{layer}.weight"].flatten(1).norm(dim=1)
+    after = modulated[f"{layer}.weight"].flatten(1).norm(dim=1)
     return after / before
 
 
@@ -121,7 +126,8 @@ def output_variances(module, params, x):
     """Variances of the convolutions' outputs for images x (n, 3, S, S) -> {layer: (C_out,)}; `params` as modulated."""
     found = {}
     for l in module.LAYERS:
-        y = F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1)
+        W, b = params[f"conv{l}.weight"], params[f"conv{l}.bias"]
+        y = F.conv2d(x, W, b, stride=2, padding=1)
         found[f"conv{l}"] = y.var((0, 2, 3), correction=0)
         x = F.relu(module.conv_norm(params, l, x)[0])
     return found
@@ -154,7 +160,8 @@ def scales(module, args, params, episodes, count):
 
 def spread(x):
     """Smallest, median and largest of a tensor, to three digits."""
-    return [float(f"{y.item():.3g}") for y in (x.min(), x.median(), x.max())]
+    values = (x.min(), x.median(), x.max())
+    return [float(f"{value.item():.3g}") for value in values]
 
 
 def median_and_ends(found):
@@ -164,6 +171,7 @@ def median_and_ends(found):
 
 
 def rms(x):
+    """The root mean square of a tensor."""
     return x.square().mean().sqrt().item()
 
 
@@ -184,46 +192,69 @@ def sizes(M, mode, modes):
 def inspect(folder, count, data_root, cache_dir):
     """One run -> dict: size of M by layer, and how well v tells the modes apart (see above)."""
     module, args, params, iteration = load(folder)
-    args.data_root, args.cache_dir, args.device = data_root, cache_dir, "cpu"
+    args.data_root, args.cache_dir = data_root, cache_dir
+    args.device = "cpu"
     args.allow_shared_classes = True  # training on these images has decided that
     modes = range(len(args.modes))
     v_val, _, mode_val = embed_and_modulate(module, params, Episodes.of(args, "val"), count)
     test = Episodes.of(args, "test")
     v, M, mode = embed_and_modulate(module, params, test, count)
     centres = torch.stack([v_val[mode_val == m].mean(0) for m in modes])
-    nearest = torch.cdist(v, centres).argmin(1)
-    vs = {
-        "its own v": v,
-        "its mode's mean": centres[mode],
-        "the mean of all": centres.mean(0).expand(count, -1),
-    }
-    vs |= {"another mode's mean": centres[(mode + 1) % len(modes)]} if len(modes) > 1 else {}
-    found = accuracies(module, args, params, test, vs)
+    found = accuracies(module, args, params, test, vs_in_its_place(v, mode, centres))
     found |= accuracies_scaled_back(module, args, params, test, {"filters scaled back": v})
     per_task = {what: np.array(x) for what, x in found.items()}
-    scores = {what: module.summary(x, args.modes) for what, x in per_task.items()}
-    changes = {what: module.summary(x - per_task["its own v"], args.modes) for what, x in per_task.items()}
-    options = {k: getattr(args, k) for k in ("embed", "no_residual", "generator") if hasattr(args, k)}
+    accuracy, change = scores(module, args, per_task)
+    flags = [flag for flag in ("embed", "no_residual", "generator") if hasattr(args, flag)]
     return {
         "method": args.method,
         "modes": args.modes,
         "shots": args.shots,
         "seed": args.seed,
-        **options,
+        **{flag: getattr(args, flag) for flag in flags},
         "iteration": iteration,
         "tasks": count,
         "synthetic": args.synthetic,
         "M": sizes(M, mode, modes),
-        "accuracy": scores,
+        "accuracy": accuracy,
         "outputs": scales(module, args, params, test, min(count, 20)),
-        "change": changes,
+        "change": change,
         "per_task": {what: x.round(4).tolist() for what, x in per_task.items()},
-        "v": {
-            "right_mode_percent": 100 * (nearest == mode).float().mean().item(),
-            "norm": v.norm(dim=1).mean().item(),
-            "distance_of_modes": torch.pdist(centres).mean().item() if len(centres) > 1 else None,
-            "spread_within_modes": (v - centres[mode]).norm(dim=1).mean().item(),
-        },
+        "v": embedding(v, mode, centres),
+    }
+
+
+def vs_in_its_place(v, mode, centres):
+    """What each task is given as its v, its own (count, 128) among them -> {what: (count, 128)}."""
+    vs = {
+        "its own v": v,
+        "its mode's mean": centres[mode],
+        "the mean of all": centres.mean(0).expand(len(v), -1),
+    }
+    if len(centres) > 1:
+        vs["another mode's mean"] = centres[(mode + 1) % len(centres)]
+    return vs
+
+
+def scores(module, args, per_task):
+    """{what: accuracy on each task} -> their summaries, and those of the changes from what the own v gives, both by what."""
+    accuracy, change = {}, {}
+    for what, x in per_task.items():
+        accuracy[what] = module.summary(x, args.modes)
+        change[what] = module.summary(x - per_task["its own v"], args.modes)
+    return accuracy, change
+
+
+def embedding(v, mode, centres):
+    """v of the tasks (count, 128), their mode (count,), the modes' means -> how well v tells the modes apart."""
+    nearest = torch.cdist(v, centres).argmin(1)
+    right = (nearest == mode).float()
+    between = torch.pdist(centres).mean().item() if len(centres) > 1 else None
+    within = (v - centres[mode]).norm(dim=1)
+    return {
+        "right_mode_percent": 100 * right.mean().item(),
+        "norm": v.norm(dim=1).mean().item(),
+        "distance_of_modes": between,
+        "spread_within_modes": within.mean().item(),
     }
 
 
@@ -232,8 +263,10 @@ def report(row):
     flags = f"--embed {row.get('embed', 'support')}"
     if row.get("no_residual"):
         flags += " --no-residual"
-    setting = f"{'SYNTHETIC ' * row['synthetic']}{'+'.join(row['modes'])} {row['shots']}-shot"
-    print(f"{row['method']} {setting} {flags} seed {row['seed']}, after {row['iteration']} iterations")
+    data = "SYNTHETIC " if row["synthetic"] else ""
+    data += "+".join(row["modes"])
+    done = f"after {row['iteration']} iterations"
+    print(f"{row['method']} {data} {row['shots']}-shot {flags} seed {row['seed']}, {done}")
     for layer, x in row["M"].items():
         print(f"    {layer}: size {x['size']:.4f}  task {x['task']:.4f}  mode {x['mode']:.4f}")
     for layer, x in row["outputs"].items():

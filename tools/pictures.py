@@ -21,6 +21,7 @@ CELL = 96  # pixels of an image
 PLANE = 220  # pixels of the plane that navigation moves in
 SHOWN = 5  # rollouts per task
 GREY = (190, 190, 190)
+FRAME = (200, 200, 200)
 INK = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 
@@ -56,10 +57,10 @@ def draw_episodes(args, ways=5, shots=5, queries=3, size=42, number=0):
 
     A mode whose name begins with "synthetic-" is that mode's procedural stand-in.
     """
-    columns = shots + queries
-    width, height = columns * (size + 4) + 40, ways * (size + 4) + 36
-    picture = Image.new("RGB", (len(args.runs) * width - 14, height), "white")
-    pen = ImageDraw.Draw(picture)
+    step = size + 4  # from one image to the next
+    width = (shots + queries) * step + 40
+    size_of_all = (len(args.runs) * width - 14, ways * step + 36)
+    picture = Image.new("RGB", size_of_all, "white")
     for m, name in enumerate(args.runs):
         mode = name.removeprefix("synthetic-")
         where = {"root": args.data_root, "cache_dir": args.cache_dir, "synthetic": mode != name}
@@ -68,18 +69,40 @@ def draw_episodes(args, ways=5, shots=5, queries=3, size=42, number=0):
         support = task.support_x[0].unflatten(0, (ways, shots))
         query = task.query_x[0].unflatten(0, (ways, queries))
         left = m * width + 4
-        pen.text((left, 4), name.replace("-", " "), "black")
-        pen.text((left, 19), f"support: {ways} classes, {shots} images each", "black")
-        pen.text((left + shots * (size + 4) + 12, 19), f"query: {queries} images each", "black")
-        for c in range(ways):
-            for k, image in enumerate([*support[c], *query[c]]):
-                gap = 12 if k >= shots else 0
-                place = left + k * (size + 4) + gap, c * (size + 4) + 34
-                pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-                picture.paste(Image.fromarray(pixels), place)
-                x, y = place
-                pen.rectangle([x - 1, y - 1, x + size, y + size], outline=(200, 200, 200))
+        draw_episode(picture, left, name.replace("-", " "), support, query)
     write_png(picture, args.file)
+
+
+def draw_episode(picture, left, name, support, query):
+    """Draw one panel, from column `left` on: support (N, K, 3, S, S) and query images (N, Q, 3, S, S)."""
+    pen = ImageDraw.Draw(picture)
+    ways, shots = support.shape[:2]
+    size = support.shape[-1]
+    step = size + 4
+    query_left = left + shots * step + 12
+    pen.text((left, 4), name, "black")
+    pen.text((left, 19), f"support: {ways} classes, {shots} images each", "black")
+    pen.text((query_left, 19), f"query: {query.shape[1]} images each", "black")
+    for c in range(ways):
+        top = c * step + 34
+        for k, image in enumerate(support[c]):
+            paste_framed(picture, image, left + k * step, top)
+        for k, image in enumerate(query[c]):
+            paste_framed(picture, image, query_left + k * step, top)
+
+
+def paste_framed(picture, image, x, y):
+    """Paste an image (3, S, S), a grey frame around it."""
+    size = image.shape[-1]
+    pixels = to_bytes(image.permute(1, 2, 0))
+    picture.paste(Image.fromarray(pixels), (x, y))
+    frame = [x - 1, y - 1, x + size, y + size]
+    ImageDraw.Draw(picture).rectangle(frame, outline=FRAME)
+
+
+def to_bytes(x):
+    """Values from 0 to 1 -> uint8 array."""
+    return (x * 255).round().byte().numpy()
 
 
 # ------------------------------------------------------------------------------------------------- completion
@@ -89,11 +112,10 @@ def draw_episodes(args, ways=5, shots=5, queries=3, size=42, number=0):
 def draw_completions(args, count=8):
     """A row per test image: its context, what each run makes of it, and the truth."""
     columns, setting = [], None
+    flags = {"data_root": args.data_root, "cache_dir": args.cache_dir, "test_tasks": count}
     for folder in args.runs:
-        run, checkpoint = open_run(
-            folder, modgrad_completion, data_root=args.data_root, cache_dir=args.cache_dir, test_tasks=count
-        )
-        here = run.modes, run.pixels, run.order, run.image_size, run.synthetic
+        run, checkpoint = open_run(folder, modgrad_completion, **flags)
+        here = (run.modes, run.pixels, run.order, run.image_size, run.synthetic)
         if setting not in (None, here):
             fail(
                 "runs differ in data set, pixels, order, image size or --synthetic; name runs of one setting"
@@ -101,22 +123,35 @@ def draw_completions(args, count=8):
         setting = here
         episodes = modgrad_completion.Completions.of(run, "test")
         batch = episodes.tasks(0, count)
-        made = [
-            modgrad_completion.task_loss(checkpoint["params"], task, run)[1]
-            for task in map(type(batch), *batch)
-        ]
-        steps = "1 step" if run.steps == 1 else f"{run.steps} steps"
-        columns.append((f"{run.method}\n{steps if run.steps else ''}", torch.stack(made).clamp(0, 1)))
+        images = completed(checkpoint["params"], batch, run)
+        columns.append((f"{run.method}\n{steps_of(run)}", images))
     columns.insert(0, (f"context:\n{run.pixels} {run.order}", context_shown(episodes, batch, count)))
     columns.append(("truth\n", batch.query_y))
-    data = "+".join(run.modes)
-    title = f"{'SYNTHETIC ' if run.synthetic else ''}{data}, first test images"
-    write_png(images_in_columns(columns, episodes.size, title), args.file)
+    data = "SYNTHETIC " if run.synthetic else ""
+    data += "+".join(run.modes)
+    picture = images_in_columns(columns, episodes.size, f"{data}, first test images")
+    write_png(picture, args.file)
+
+
+def completed(params, batch, run):
+    """What a run makes of the images of a batch -> (count, S*S, 3)."""
+    made = []
+    for task in map(type(batch), *batch):
+        made.append(modgrad_completion.task_loss(params, task, run)[1])
+    return torch.stack(made).clamp(0, 1)
+
+
+def steps_of(run):
+    """How many inner steps a run takes, in words; of CNP, which takes none, nothing."""
+    if not run.steps:
+        return ""
+    return "1 step" if run.steps == 1 else f"{run.steps} steps"
 
 
 def context_shown(episodes, batch, count):
     """Images (count, S*S, 3) with the context's pixels; what is not given is blue."""
-    seen = torch.ones_like(batch.query_y) * torch.tensor([0.2, 0.3, 0.6])
+    blue = torch.tensor([0.2, 0.3, 0.6])
+    seen = torch.ones_like(batch.query_y) * blue
     _, context = episodes.indices(0, count)
     for i, places in enumerate(torch.from_numpy(context)):
         seen[i, places] = batch.query_y[i, places]
@@ -126,16 +161,19 @@ def context_shown(episodes, batch, count):
 def images_in_columns(columns, S, title):
     """[(head, images (count, S*S, 3))] -> a picture, one column each."""
     count = len(columns[0][1])
-    picture = Image.new("RGB", (len(columns) * (CELL + 4), count * (CELL + 4) + 46), "white")
+    step = CELL + 4
+    size = (len(columns) * step, count * step + 46)
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
     pen.text((2, 2), title, "black")
     for c, (head, images) in enumerate(columns):
-        left = c * (CELL + 4) + 2
-        pen.text((left - 2, 17), head, "black")
-        pixels = (images.reshape(count, S, S, 3) * 255).round().byte().numpy()
-        for i, image in enumerate(pixels):
-            tile = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.NEAREST)
-            picture.paste(tile, (left, i * (CELL + 4) + 46))
+        left = c * step
+        pen.text((left, 17), head, "black")
+        squares = images.reshape(count, S, S, 3)
+        for i, pixels in enumerate(to_bytes(squares)):
+            tile = Image.fromarray(pixels)
+            tile = tile.resize((CELL, CELL), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + 2, i * step + 46))
     return picture
 
 
@@ -144,7 +182,9 @@ def images_in_columns(columns, S, title):
 
 def draw_paths(args, count=4):
     """A row per test task, a column per run: paths before (grey) and after one update, and the goal, a circle."""
-    picture = Image.new("RGB", (len(args.runs) * (PLANE + 4), count * (PLANE + 4) + 18), "white")
+    step = PLANE + 4
+    size = (len(args.runs) * step, count * step + 18)
+    picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
     for c, folder in enumerate(args.runs):
         run, checkpoint = open_run(folder, modgrad_rl)
@@ -152,45 +192,55 @@ def draw_paths(args, count=4):
             fail(f"{folder}: its paths are not in a plane; name runs of --env navigation")
         world = modgrad_rl.Navigation(run)
         goals = modgrad_rl.goals(world, run, "test", 0, count)
-        lived = modgrad_rl.live(checkpoint["params"], world, run, "test", 0, count, 1)
-        pen.text((c * (PLANE + 4) + 4, 3), f"{run.method}, iteration {checkpoint['iteration']}", "black")
+        params = checkpoint["params"]
+        lived = modgrad_rl.live(params, world, run, "test", 0, count, 1)
+        left = c * step
+        colour = INK[c % len(INK)]
+        head = f"{run.method}, iteration {checkpoint['iteration']}"
+        pen.text((left + 4, 3), head, "black")
         for i in range(count):
-            corner = c * (PLANE + 4) + 2, i * (PLANE + 4) + 16
-            draw_task(pen, corner, goals[i].tolist(), lived, i, INK[c % len(INK)])
+            corner = (left + 2, i * step + 16)
+            draw_task(pen, corner, goals[i].tolist(), lived, i, colour)
     write_png(picture, args.file)
 
 
 def draw_task(pen, corner, goal, lived, i, colour):
     """Task i: its rollouts before and after the update, and its goal, in the square whose upper left corner is given."""
     left, top = corner
-    pen.rectangle([left, top, left + PLANE, top + PLANE], outline=(200, 200, 200))
+    square = [left, top, left + PLANE, top + PLANE]
+    pen.rectangle(square, outline=FRAME)
     for rollouts, ink in zip(lived, (GREY, colour)):
-        for r in range(min(SHOWN, rollouts.mask.shape[1])):
+        number = min(SHOWN, rollouts.mask.shape[1])
+        for r in range(number):
             alive = rollouts.mask[i, r] > 0
             places = rollouts.observation[i, r][alive].tolist()
             pen.line([pixel(place, corner) for place in places], ink, 1)
     x, y = pixel(goal, corner)
-    pen.ellipse([x - 4, y - 4, x + 4, y + 4], outline="black", width=2)
+    circle = [x - 4, y - 4, x + 4, y + 4]
+    pen.ellipse(circle, outline="black", width=2)
     values = [f"{modgrad_rl.returns(rollouts)[i]:.1f}" for rollouts in lived]
     pen.text((left + 4, top + 3), " -> ".join(values), "black")
 
 
 def pixel(place, corner):
     """A place in [-1, 1]^2 -> where it is in the picture."""
+    left, top = corner
     x, y = (max(-1.0, min(1.0, value)) for value in place)
-    return corner[0] + PLANE * (0.5 + 0.5 * x), corner[1] + PLANE * (0.5 - 0.5 * y)
+    across, down = 0.5 + 0.5 * x, 0.5 - 0.5 * y
+    return left + PLANE * across, top + PLANE * down
 
 
 KINDS = {"episode": draw_episodes, "completion": draw_completions, "navigation": draw_paths}
 
 
 def main():
+    root = os.environ.get("FEWSHOT_DATA", "data")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = fail
     p.add_argument("kind", choices=tuple(KINDS))
     p.add_argument("file", metavar="FILE", help="the picture, a PNG")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; of an episode, modes")
-    p.add_argument("--data-root", default=os.environ.get("FEWSHOT_DATA", "data"), help="or FEWSHOT_DATA")
+    p.add_argument("--data-root", default=root, help="or FEWSHOT_DATA")
     p.add_argument("--cache-dir", default=".cache", help="keeps images decoded once")
     args = p.parse_args()
     KINDS[args.kind](args)

@@ -109,7 +109,8 @@ def item_starts(lines, tree):
 
     A comment above one of them belongs to it, and empty lines belong to what stands above them.
     """
-    starts, end, before = {}, 0, None
+    starts = {}
+    end, before = 0, None  # the last line of the statement before, and what it is
     above = ["", *lines]
     for node in tree.body:
         decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", ())]
@@ -154,15 +155,18 @@ def read_units(lines, tree):
     block = None  # the docstring or comment that the last line belongs to
     for number, line in enumerate(lines, 1):
         before, block = block, None
-        kind, pieces = "code" if line.strip() else "blank", code[number - 1]
+        kind = "code" if line.strip() else "blank"
+        pieces = code[number - 1]
         depth = indentation(line)
         if number in prose:
             block, start, end = prose[number]
             kind, pieces = styled_prose(line, start, end)
             depth = min(depth, start)
         row = (number, tuple(pieces))
-        if kind == "prose" and block == before and units[-1].kind == "prose":
-            units[-1] = units[-1]._replace(lines=(*units[-1].lines, row))
+        continues = kind == "prose" and block == before
+        if continues and units[-1].kind == "prose":
+            last = units.pop()
+            units.append(last._replace(lines=(*last.lines, row)))
         else:
             units.append(Unit(kind, depth, (row,)))
     return units
@@ -372,7 +376,9 @@ def pair_items(left, right):
 def match_units(left, right):
     """Match the units of two items -> [Block]. Empty lines between differences do not count as a match."""
     stretches = []  # [whether they are equal, units of the left, units of the right]
-    for kind, a, b, c, d in opcodes(*([unit.key for unit in units] for units in (left, right))):
+    keys = [unit.key for unit in left]
+    others = [unit.key for unit in right]
+    for kind, a, b, c, d in opcodes(keys, others):
         is_first = a == 0 and c == 0
         is_last = b == len(left) and d == len(right)
         is_equal = kind == "equal" and (is_first or is_last or count_lines(left[a:b]) > 0)
@@ -567,11 +573,12 @@ def alone(one, two, pairs, names):
     apart = [pair[1] if one else pair[0] for pair in pairs if None in pair]
     namesakes = [each for each in apart if each and each[:2] == item[:2]]
     if not namesakes:
-        blocks = [Block("only", item.units if one else [], [] if one else item.units)]
+        blocks = [Block("only", one.units if one else [], two.units if two else [])]
         return Section(item.name, item.kind, blocks, side, f"only in {here}")
-    line = namesakes[0].units[0].first
+    namesake = namesakes[0]
+    line = namesake.units[0].first
     link = f'<a href="#{other}-{line}">line {line}</a>'
-    matched = match_units((one or namesakes[0]).units, (two or namesakes[0]).units)
+    matched = match_units((one or namesake).units, (two or namesake).units)
     blocks = [block._replace(**{other: []}) for block in matched]
     blocks = [block for block in blocks if block.left or block.right]
     if item.kind == "constant":  # it shares its section
@@ -590,7 +597,8 @@ def joined(one, two):
         else:
             blocks.append(block)
     state = one.state if one.state == two.state else "code"
-    return one._replace(blocks=blocks, state=state, note=one.note if one.note == two.note else "")
+    note = one.note if one.note == two.note else ""
+    return one._replace(blocks=blocks, state=state, note=note)
 
 
 # --------------------------------------------------------------------------------------------------- writing

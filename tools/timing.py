@@ -105,14 +105,19 @@ def has_bf16(device):
 
 def in_rounds(runs, args):
     """{what: function}, called in alternation -> {what: [milliseconds of each round]}; a first round warms up."""
-    samples = {what: [] for what in runs}
+    rounds = []
     with neighbour(args.busy):
-        for number in range(args.rounds + 1):
-            for what, function in runs.items():
-                took = clock(function, args.device, args.repeat)
-                if number:
-                    samples[what].append(took)
+        for _ in range(args.rounds + 1):
+            rounds.append(one_round(runs, args))
+    samples = {}
+    for what in runs:
+        samples[what] = [times[what] for times in rounds[1:]]
     return samples
+
+
+def one_round(runs, args):
+    """{what: function} -> {what: milliseconds of one call}."""
+    return {what: clock(function, args.device, args.repeat) for what, function in runs.items()}
 
 
 def spread(samples):
