@@ -21,7 +21,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -34,14 +33,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewshot import cache, store
+from fewshot import cache, plots, store
 from fewshot.files import fail
 from fewshot.flags import new_parser
 
 HERE = Path(__file__).parents[1]
 SMALL = "--synthetic --image-size 8 --test-tasks 8 --log-every 2 --save-every 3 --device cpu --workers 1"
 RUNS = {
-    "kml": f"{SMALL} --channels 2 --meta-batch 2 --queries 2 --iterations 40",
+    "kml": f"{SMALL} --channels 2 --meta-batch 2 --queries 2 --inner-steps 1 --iterations 40",
     "mprotonet": f"{SMALL} --channels 2 --meta-batch 2 --queries 2 --iterations 60",
     "modgrad": f"{SMALL} --image-size 16 --channels 2 --queries 2 --iterations 40",
     "afr": f"{SMALL} --image-size 16 --filters 2 --queries 2 --meta-batch 2 --iterations 40",
@@ -65,30 +64,43 @@ class Outcome(collections.namedtuple("Outcome", "status, out, err")):
         return self.status is None or self.status < 0 or "Traceback" in self.err
 
 
-def forked(function, folder):
-    """Run a function in a forked process, without the seconds that a new one takes to import PyTorch -> Outcome."""
-    paths = [Path(folder) / name for name in (".out", ".err")]
+def started(function, paths):
+    """Start a function in a forked process that prints to these two files -> process number.
+
+    Forked, because a new process takes seconds to import PyTorch.
+    """
     sys.stdout.flush()
     child = os.fork()
-    if child == 0:
-        for number, path in enumerate(paths, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-        status = 1
-        try:
-            function()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:  # noqa: BLE001 (a traceback is what this looks for)
-            traceback.print_exc()
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-    status = wait_for(child)
-    out, err = (path.read_text(errors="replace") for path in paths)
-    return Outcome(status, out, err)
+    if child:
+        return child
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    status = 1
+    try:
+        function()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:  # noqa: BLE001 (a traceback is what this looks for)
+        traceback.print_exc()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def forked(function, folder):
+    """Run a function in a forked process -> Outcome."""
+    return forked_together([function], folder)[0]
+
+
+def forked_together(functions, folder):
+    """Run functions at the same time, each in a forked process -> their Outcomes."""
+    paths = [[Path(folder) / f".{name}{i}" for name in ("out", "err")] for i in range(len(functions))]
+    children = [started(function, of) for function, of in zip(functions, paths)]
+    statuses = [wait_for(child) for child in children]
+    return [Outcome(s, *(path.read_text(errors="replace") for path in of)) for s, of in zip(statuses, paths)]
 
 
 def wait_for(child):
@@ -213,7 +225,7 @@ class Campaign:
 
     def crowds(self):
         """Several builders of one cache, and several runs into one folder."""
-        root = self.class_folders("crowd", 40, 20)
+        root = self.class_folders("crowd", 30, 20)  # fewer than are decoded in processes of their own
         happened = collections.Counter()
         for _ in range(self.times(5)):
             place = self.place / "c3"
@@ -229,9 +241,9 @@ class Campaign:
         for case in range(self.times(5)):
             out = self.place / "shared-out"
             shutil.rmtree(out, ignore_errors=True)
-            words = ["mprotonet.py", *RUNS["mprotonet"].split(), "--cache-dir", self.cache, "--out", out]
-            runs = [spawn([*words, "--seed", seed]) for seed in range(2)]
-            ends = [Outcome(run.wait(TIMEOUT), "", run.stderr.read()) for run in runs]
+            words = [*RUNS["mprotonet"].split(), "--cache-dir", self.cache, "--out", out]
+            runs = [script("mprotonet", [*words, "--seed", seed]) for seed in range(2)]
+            ends = forked_together(runs, self.place)
             refused = [end for end in ends if end.refused and "is in use by process" in end.err]
             good = len(refused) == 1 and sorted(end.status for end in ends) == [0, 2]
             happened["refused" if good else "WRONG"] += 1
@@ -557,12 +569,6 @@ def limited(function, limit):
     function()
 
 
-def spawn(words):
-    """Start a script in a process of its own."""
-    command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def get_args(argv=None):
     """Read the command line -> args."""
     parser = new_parser(__doc__, "")
@@ -582,6 +588,10 @@ def run(seed=0, scale=1.0, parts=PARTS):
     """Run some parts of the campaign -> Campaign."""
     if not hasattr(os, "fork"):
         fail("the campaign forks its processes, which this system cannot do: run it on Linux or macOS")
+    # Forked runs would each import these anew, which takes longer than all that they train.
+    importlib.import_module("torch._dynamo")  # by Adam
+    if plots.installed():
+        plots.pyplot()
     with tempfile.TemporaryDirectory() as place:
         campaign = Campaign(seed, scale, place)
         for part in parts:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -59,7 +60,13 @@ def real(*modes):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
+    """One folder of decoded images for all tests, and for all processes that run them side by side."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a folder of its own in the one of all
+        base = base.parent
+    folder = base / "shared-cache"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 def get_args(module, *words):
@@ -231,6 +238,15 @@ def run(*command, cwd=HERE, timeout=280, **kwargs):
         env=env,
         **kwargs,
     )
+
+
+def wait_for_a_line(log, process, seconds=120):
+    """Wait until a running process has written to its log, or has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if log.exists() and log.read_text():
+            return
+        time.sleep(0.1)
 
 
 def here(script, *words):

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import tokenize
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import modgrad_rl
 import mprotonet
 from fewshot import published as fewshot_published
 from fewshot import scenes as fewshot_scenes
+from fewshot import tool
 from tests import density
 from tests.helpers import (
     HERE,
@@ -33,6 +35,8 @@ from tests.helpers import (
     fails,
     get_args,
     here,
+    make_params,
+    make_task,
     readme_blocks,
     run_all,
 )
@@ -123,6 +127,8 @@ def test_arrows_point_one_way():
         elif path.stem in scripts:
             allowed = {"mprotonet"} if path.stem == "transference" else set()
             assert not imported & (scripts | {"fewshot", "tools"}) - allowed, path
+        elif path.stem == "data":
+            assert not imported & (scripts | {"tools"}), path
 
 
 def test_readme_shows_the_real_diff():
@@ -271,14 +277,12 @@ def test_readme_commands_run(tmp_path, cache, monkeypatch, capsys):
             ]
         elif words[0] == "transference.py":  # of the example run, made just before
             words += ["--source-tasks", "2", "--target-tasks", "2", "--alpha", "0.001", "--cache-dir", cache]
-        elif words[0] in ("tools.attention_report", "tools.pictures", "tools.cells"):
-            importlib.import_module(words[0])  # other tests run them, on runs of their own
-            continue
+        elif words[0] in ("tools.attention_report", "tools.pictures"):  # of the runs made just before
+            words += ["--cache-dir", cache]
         elif words[0] == "data.py":
             words += ["--synthetic", "--image-size", "28", "--cache-dir", cache]
         elif words[0] == "tools.inspect_modulation":
-            first = next(i for i, c in enumerate(dict.fromkeys(commands)) if " kml.py" in c)
-            words = [words[0], str(tmp_path / str(first)), "--tasks", "10", "--cache-dir", cache]
+            words += ["--tasks", "10", "--cache-dir", cache]
         elif words[0] == "tools.inspect_gradients":
             words += [
                 "--tasks",
@@ -492,3 +496,97 @@ def test_readme_is_short_and_its_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)", file.read_text()):
             if not link.startswith("http"):
                 assert (file.parent / link).exists(), f"{name}: {link}"
+
+
+def test_readme_shows_what_kml_prints(capsys):
+    """The block under "One command": its layout and its settings are what report() prints; its numbers are its own."""
+    readme = (HERE / "README.md").read_text()
+    (block,) = re.findall(r"^```\n(MMAML\+KML SYNTHETIC .*?)^```", readme, re.M | re.S)
+    rows = re.findall(r"^(\w+) +([\d.]+) \+- ([\d.]+) +([\d.]+) \+- ([\d.]+)$", block, re.M)
+    assert len(rows) == 3
+    args = get_args(kml, "--synthetic", "--quick")
+    seconds = float(re.search(r"of ([\d.]+) s$", block, re.M)[1])
+    result = {"iterations": args.iterations, "seconds_per_iteration": seconds}
+    for key, i in (("accuracy", 1), ("accuracy_inductive", 3)):
+        result[key] = {row[0]: {"mean": float(row[i]), "ci95": float(row[i + 1])} for row in rows}
+    kml.report(result, args)
+    assert capsys.readouterr().out in block
+    progress = block.split("\n\n")[0].splitlines()
+    assert all(line.startswith(f"{args.title} ") and f"/{args.iterations} " in line for line in progress)
+
+
+EXERCISES = {  # README, "Change one line": the script, its line, what to write
+    "one scale": (kml, "theta[key] * (1 + M)", "theta[key] * (1 + M.mean((1, 2, 3), keepdim=True))"),
+    "gate": (
+        mmaml,
+        "x * (1 + scale[:, None, None]) + shift[:, None, None]",
+        "x * torch.sigmoid(scale[:, None, None]) + shift[:, None, None]",
+    ),
+    "product": (kml, "theta[key] * (1 + M)", "theta[key] * M"),
+}
+
+
+def exercise(name):
+    """A script with its line changed, as a module."""
+    script, line, instead = EXERCISES[name]
+    text = (HERE / f"{script.__name__}.py").read_text()
+    assert text.count(f"= {line}\n") == 1
+    assert f"`{instead}`" in " ".join((HERE / "README.md").read_text().split())
+    made = types.ModuleType(script.__name__)
+    exec(compile(text.replace(f"= {line}\n", f"= {instead}\n"), script.__file__, "exec"), made.__dict__)
+    return made
+
+
+def test_the_exercises_do_what_the_readme_says():
+    task = make_task(ways=3, shots=5, size=28)
+
+    def logits(module, args, params):
+        return module.task_loss(params, task, args)[1]
+
+    def distance(one, two):
+        return (one - two).abs().max().item()
+
+    one, product, gate = exercise("one scale"), exercise("product"), exercise("gate")
+    plain = logits(kml, *make_params(kml, "none"))
+    args, params = make_params(kml, "kml")
+    assert distance(logits(kml, args, params), plain) > 1e-2
+    assert distance(logits(one, args, params), plain) < 1e-5, "MAML, up to BatchNorm's epsilon"
+    args, _ = make_params(kml, "kml", "--adapt", "modulated")
+    assert distance(logits(one, args, params), plain) > 1e-4, "the scale changes the effect of a step"
+    theta = kml.group(params, "base")
+    hat = product.modulate(theta, kml.modulation(params, kml.encode_task(params, task.support_x)))
+    for l in kml.LAYERS:
+        assert 0.003 < hat[f"conv{l}.weight"].norm() / theta[f"conv{l}.weight"].norm() < 0.03, (
+            "about 100 times smaller"
+        )
+    args, params = make_params(mmaml, "film")
+    assert distance(logits(gate, args, params), logits(mmaml, args, params)) > 1e-2
+
+
+def test_every_command_of_the_documents_is_understood():
+    """Those in blocks, in tables and in the text, by the flags of their script."""
+    seen = set()
+    for name in (*documents.DOCUMENTS, "docs/protocol.md"):
+        text = (HERE / name).read_text()
+        blocks = "\n".join(re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+        lines = [*blocks.split("\n"), *re.findall(r"`(python[^`\n]+)`", text)]
+        seen |= {m[1] for line in lines if (m := re.search(r"\bpython3? +(\w+\.py\b[^#]*)", line))}
+    seen = {command for command in seen if "RUN" not in command}  # a run's folder, to be filled in
+    assert len(seen) > 60
+    for command in sorted(seen):
+        script, *words = shlex.split(command)
+        module = tool if script == "data.py" else importlib.import_module(script.removesuffix(".py"))
+        try:
+            module.get_args(words)
+        except SystemExit:
+            assert words in (["verify"], ["prepare"]), command
+
+
+def test_the_documents_tool_writes_tables_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    text, file = (HERE / "README.md").read_text(), tmp_path / "page.md"
+    file.write_text(text.replace("| 63.05 ± 0.53,", "| 99.99 ± 0.53,", 1))
+    assert file.read_text() != text
+    call(documents, monkeypatch, file)
+    assert file.read_text() == text
+    fails(capsys, lambda: call(documents, monkeypatch, tmp_path / "none.md"), "is not there")

@@ -75,13 +75,26 @@ def test_modulations_share_the_base_initialisation():
         assert all(torch.equal(w, other[k]) for k, w in params.items() if not k.startswith("encoder."))
 
 
-def test_film_on_a_convolution_is_a_scaled_kernel():
-    """KML paper, Eq. 3 to 5."""
-    rng = torch.Generator().manual_seed(0)
-    x, W = torch.rand(5, 3, 9, 9, generator=rng).double(), torch.randn(4, 3, 3, 3, generator=rng).double()
-    b, eta, gamma = torch.randn(3, 4, generator=rng).double()
-    film = eta[:, None, None] * F.conv2d(x, W, b) + gamma[:, None, None]
-    torch.testing.assert_close(film, F.conv2d(x, eta[:, None, None, None] * W, eta * b + gamma))
+@pytest.mark.parametrize("module", [mmaml, mprotonet])
+def test_film_without_batchnorm_is_a_scaled_kernel(module, monkeypatch):
+    """KML paper, Eq. 3 to 5, of FiLM as `forward` applies it: a factor for each kernel, and an offset of its bias."""
+
+    def convolution(params, l, x, moments=None):
+        return F.conv2d(x, params[f"conv{l}.weight"], params[f"conv{l}.bias"], stride=2, padding=1), None
+
+    monkeypatch.setattr(module, "conv_norm", convolution)
+    _, params = make_params(module, "film")
+    v = torch.rand(128, generator=torch.Generator().manual_seed(0)).double()
+    theta, omega = module.group(params, "base"), module.modulation(params, v)
+    scaled = dict(theta)
+    for l in module.LAYERS:
+        eta, gamma = 1 + omega[f"film{l}.scale"], omega[f"film{l}.shift"]
+        scaled[f"conv{l}.weight"] = eta[:, None, None, None] * theta[f"conv{l}.weight"]
+        scaled[f"conv{l}.bias"] = eta * theta[f"conv{l}.bias"] + gamma
+    x = make_task().query_x
+    with_film = module.forward(module.modulate(theta, omega), x)[0]
+    torch.testing.assert_close(with_film, module.forward(scaled, x)[0])
+    assert not torch.allclose(with_film, module.forward(theta, x)[0], rtol=1e-3)
 
 
 def test_batchnorm_cancels_film_before_it_and_the_bias_offset():
@@ -571,23 +584,30 @@ def test_stats_of_a_batch_reproduce_its_own_normalisation():
     torch.testing.assert_close(stats[0][1], (y.var((0, 2, 3), correction=0) + 1e-5) ** -0.5)
 
 
-def test_no_norm_affine_leaves_scale_and_shift_out():
-    args, params = make_params(kml, "kml", "--no-norm-affine")
-    assert not [k for k in params if k.startswith("norm")]
-    assert torch.isfinite(kml.task_loss(params, make_task(), args)[0])
+@pytest.mark.parametrize("module, modulation", [(kml, "kml"), (mmaml, "film"), (mprotonet, "kml")])
+def test_no_norm_affine_leaves_scale_and_shift_out(module, modulation):
+    """The network of a scale of 1 and a shift of 0, which are no parameters and do not adapt."""
+    args, params = make_params(module, modulation, "--no-norm-affine")
+    _, usual = make_params(module, modulation)
+    parts = {f"norm{l}.{part}" for l in module.LAYERS for part in ("scale", "shift")}
+    assert usual.keys() - params.keys() == parts
+    x = make_task().query_x
+    torch.testing.assert_close(module.forward(params, x)[0], module.forward(usual | params, x)[0])
+    loss, *_ = module.task_loss(params, make_task(), args, evaluate=True)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, list(params.values())))
 
 
-def test_intervals():
+@pytest.mark.parametrize("module", [kml, mmaml, mprotonet, modgrad, afr])
+def test_intervals(module):
     """Strata by mode (DESIGN 4), against a hand computation and a bootstrap within strata."""
     rng = np.random.default_rng(0)
     per_task = np.stack([rng.normal(95, 4, 400), rng.normal(50, 9, 400)], 1).reshape(-1)
-    rows = kml.summary(per_task, ["a", "b"])
+    rows = module.summary(per_task, ["a", "b"], *([{}] if module is afr else []))
     a, b = per_task[::2], per_task[1::2]
     assert rows["a"] == {"mean": round(a.mean(), 4), "ci95": round(1.96 * a.std(ddof=1) / 20, 4)}
     assert rows["overall"]["mean"] == round((a.mean() + b.mean()) / 2, 4)
-    assert math.isclose(
-        rows["overall"]["ci95"], math.hypot(rows["a"]["ci95"], rows["b"]["ci95"]) / 2, abs_tol=1e-3
-    )
+    halves = rows["a"]["ci95"], rows["b"]["ci95"]
+    assert math.isclose(rows["overall"]["ci95"], math.hypot(*halves) / 2, abs_tol=1e-3)
     means = [(rng.choice(a, 400).mean() + rng.choice(b, 400).mean()) / 2 for _ in range(2000)]
     assert math.isclose(rows["overall"]["ci95"], 1.96 * np.std(means), rel_tol=0.1)
 

@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+import afr
 import kml
+import mmaml
+import modgrad
+import modgrad_completion
+import modgrad_multishot
+import modgrad_rl
 import mprotonet
+import transference
 from tests.helpers import HERE, TINY, call, fails, get_args, picture
 
 SPLITS = ("train", "val", "test")
@@ -132,9 +139,18 @@ def test_long_names_of_runs_fit_a_file_system():
     assert name != other
 
 
-def test_without_docstrings(tmp_path):
-    done = shell(f"{sys.executable} -OO kml.py --help")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "module",
+    [kml, mmaml, mprotonet, modgrad, modgrad_completion, modgrad_multishot, modgrad_rl, afr, transference],
+    ids=lambda module: module.__name__,
+)
+def test_without_docstrings(module, monkeypatch, capsys):
+    """As under python -OO."""
+    monkeypatch.setattr(module, "__doc__", None)
+    with pytest.raises(SystemExit) as stop:
+        module.get_args(["--help"])
+    assert stop.value.code == 0
+    assert "--device" in capsys.readouterr().out
 
 
 def test_results_are_evaluated_anew_where_they_are_not_what_was_written(tmp_path, cache, monkeypatch, capsys):

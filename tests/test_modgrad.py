@@ -595,3 +595,44 @@ def test_inspect_gradients_from_end_to_end(tmp_path, cache, monkeypatch, capsys)
         ([runs[0], "--spectrum", "--step-tasks", "1"], "--step-tasks"),
     ):
         fails(capsys, functools.partial(call, inspect_gradients, monkeypatch, *bad), said)
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("clip", [20, 1e-3])
+@pytest.mark.parametrize("algorithm", ["maml", "modgrad"])
+def test_inner_steps_of_modgrad_by_hand(algorithm, clip, first_order):
+    """--first-order and --inner-clip: task_loss written again with torch.autograd.grad; its value and its gradients."""
+    words = ["--steps", 2, "--alpha", 0.1, "--inner-clip", clip, *["--first-order"] * first_order]
+    args, params = make_modgrad(algorithm, *words)
+    task, graph = make_task(), {"create_graph": not first_order}
+    x, query = modgrad.normalise(task.support_x), modgrad.normalise(task.query_x)
+
+    def loss_of(theta, x, y):
+        return F.cross_entropy(modgrad.run_blocks(params | theta, x, modgrad.Norm(), args), y)
+
+    theta = {k: params[k] for k in modgrad.adapted_keys(args, params)}
+    for _ in range(2):
+        grads = torch.autograd.grad(loss_of(theta, x, task.support_y), list(theta.values()), **graph)
+        g = {k: each.clamp(-clip, clip) for k, each in zip(theta, grads)}
+        M = dict.fromkeys(theta, 1.0)
+        if algorithm == "modgrad":
+            v = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+            M = modgrad.modulation(params, v, theta)
+            trial = {k: theta[k] - 0.1 * M[k] * g[k] for k in theta}
+            (v,) = torch.autograd.grad(-loss_of(trial, x, task.support_y), v, **graph)
+            M = modgrad.modulation(params, v, theta)
+        theta = {k: theta[k] - 0.1 * M[k] * g[k] for k in theta}
+    wanted = loss_of(theta, query, task.query_y)
+    loss, _ = modgrad.task_loss(params, task, args)
+    torch.testing.assert_close(loss, wanted)
+    for one, two in zip(*(torch.autograd.grad(x, list(params.values())) for x in (loss, wanted))):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("algorithm", ["metasgd", "tnet"])
+def test_the_other_baselines_of_modgrad_run(algorithm, tmp_path, cache, monkeypatch):
+    words = [*TINY, "--image-size", 16, "--algorithm", algorithm, "--iterations", 2]
+    call(modgrad, monkeypatch, *words, "--cache-dir", cache, "--out", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["method"] == modgrad.METHODS[algorithm]
+    assert result["parameters"]["generator"] > 0

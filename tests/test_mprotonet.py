@@ -1,6 +1,7 @@
 """Tests: test_mprotonet."""
 
 import functools
+import json
 import math
 
 import pytest
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 
 import kml
 import mprotonet
-from data import Task
+from data import Episodes, Task
 from fewshot.flags import identity
-from tests.helpers import fails, get_args, make_params, make_task
+from tests.helpers import TINY, call, fails, get_args, make_params, make_task
 from tools import inspect_modulation
 
 
@@ -231,3 +232,62 @@ def test_initial_scale_changes_no_prediction_and_its_share_of_a_step():
     torch.testing.assert_close(
         small["conv2.weight"].grad, 2 * params["conv2.weight"].grad, rtol=0.1, atol=1e-2
     )
+
+
+def test_another_tasks_v(cache, monkeypatch):
+    """--embed other: the tasks are those of all other runs, each with the support images of some task of its block, of any mode."""
+    words = ["--modes", "omniglot", "miniimagenet", "--synthetic", "--image-size", 8, "--queries", 2]
+    words += ["--cache-dir", cache]
+    test = mprotonet.episodes_of(get_args(mprotonet, *words, "--embed", "other"), "test")
+    plain = mprotonet.episodes_of(get_args(mprotonet, *words), "test")
+    assert (type(plain), type(test)) == (Episodes, mprotonet.BlindEpisodes)
+    batch = test.tasks(3, 40)
+    assert all(torch.equal(x, y) for x, y in zip(batch, plain.tasks(3, 40)))
+    assert torch.equal(test.tasks(20, 2).other_x, batch.other_x[17:19]), "whatever is asked for beside it"
+    block = {x.numpy().tobytes(): j for j, x in enumerate(plain.tasks(0, 512).support_x)}
+    others = [block[x.numpy().tobytes()] for x in batch.other_x]
+    assert sum(j == 3 + i for i, j in enumerate(others)) <= 1
+    assert len(set(others)) > 30
+    assert 8 < sum(j % 2 == (3 + i) % 2 for i, j in enumerate(others)) < 32, "of either mode"
+
+    args, params = make_params(mprotonet, "kml", "--embed", "other")
+    usual, _ = make_params(mprotonet, "kml")
+    a, b, c = (make_task(seed=seed) for seed in (0, 1, 2))
+
+    def blind(task, other):
+        task = mprotonet.BlindTask(*task, other.support_x)
+        return mprotonet.task_loss(params, task, args, evaluate=True)
+
+    for one, two in zip(blind(a, a), mprotonet.task_loss(params, a, usual, evaluate=True)):
+        assert torch.equal(one, two), "with its own support images it is the usual network"
+    assert not torch.equal(blind(a, b)[1], blind(a, a)[1])
+    seen, original = [], mprotonet.modulation
+    monkeypatch.setattr(mprotonet, "modulation", lambda params, v: seen.append(v) or original(params, v))
+    blind(a, b)
+    blind(c, b)
+    assert torch.equal(seen[0], seen[1]), "v says nothing of the task"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--official", "--modulation none --official", "--embed query", "--embed other"),
+        *("--generator full", "--repeat-tasks", "--no-norm-affine"),
+    ],
+)
+def test_variants_of_protonet_run(words, tmp_path, cache, monkeypatch, capsys):
+    """From start to end, and printed again; where predictions depend on the queries there is no inductive column."""
+    repeated, original = [], Episodes.repeated
+    monkeypatch.setattr(Episodes, "repeated", lambda self, *n: repeated.append(n) or original(self, *n))
+    given = [*TINY, *words.split(), "--iterations", 2, "--val-every", 2, "--val-tasks", 4]
+    given += ["--cache-dir", cache, "--out", tmp_path]
+    call(mprotonet, monkeypatch, *given)
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    alone = "--official" not in words and "query" not in words
+    assert (result["per_task_inductive"] is not None) == alone
+    assert (result["accuracy_inductive"] is not None) == alone
+    assert shown.count(" -\n") == (0 if alone else 3)
+    assert repeated == ([(0, 2), (1, 2)] if "repeat" in words else [])
+    call(mprotonet, monkeypatch, *given)
+    assert capsys.readouterr().out.strip() == shown[shown.index("\n\n") :].strip()

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -23,12 +22,14 @@ import modgrad_completion
 import modgrad_multishot
 import modgrad_rl
 import mprotonet
-from data import Task, flags_of_run
+from data import Episodes, Task, flags_of_run
 from fewshot import parallel as fewshot_parallel
 from fewshot import plots
 from fewshot import published as fewshot_published
 from fewshot import run as fewshot_run
 from fewshot.flags import identity
+from modgrad_completion import Completions
+from modgrad_multishot import Alphabets
 from tests.helpers import (
     CASES,
     HERE,
@@ -37,10 +38,12 @@ from tests.helpers import (
     call,
     fails,
     get_args,
+    here,
     make_params,
     make_task,
     real,
     run,
+    wait_for_a_line,
 )
 from tools import baselines
 
@@ -164,6 +167,67 @@ def test_a_stopped_run_continues_to_the_same_bits(module, modulation, tmp_path, 
         assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("module", SMALL_RUNS, ids=lambda module: module.__name__)
+def test_which_tasks_are_drawn_when_and_at_what_rate(module, tmp_path, cache, monkeypatch):
+    """Iteration t trains on tasks t T to (t + 1) T - 1 of training classes; validation and test each see tasks 0, 1, ... of
+    their own, once; the learning rate is halved where --lr-halve-every says; and so after a continuation."""
+    drawn, rates = [], []
+    for sampler in (Episodes, Completions, Alphabets):
+
+        def tasks(self, first, count, original=sampler.tasks):
+            drawn.append((self.split, first, count))
+            return original(self, first, count)
+
+        monkeypatch.setattr(sampler, "tasks", tasks)
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+
+        def step(self, *args, original=optimizer.step, **kwargs):
+            rates.append([group["lr"] for group in self.param_groups])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(optimizer, "step", step)
+    words = f"--synthetic {SMALL_RUNS[module]} --lr 0.004 --lr-halve-every 2 --log-every 2 --val-every 2 --keep-every 0"
+    words = f"{words} --val-tasks 22 --test-tasks 24 --iterations 3".split()
+    words += {
+        kml: ["--inner-steps", 1],
+        mmaml: ["--inner-steps", 1],
+        modgrad_multishot: ["--test-steps", 2],
+        afr: ["--attention-lr", 0.012],
+    }.get(module, [])
+    T = get_args(module, *words).meta_batch
+
+    def numbers(split):
+        return [j for name, first, count in drawn if name == split for j in range(first, first + count)]
+
+    def trained():
+        return [(first, count) for name, first, count in drawn if name == "train"]
+
+    call(module, monkeypatch, *words, "--cache-dir", cache, "--out", tmp_path)
+    assert trained() == [(t * T, T) for t in range(3)]
+    assert numbers("val") == list(range(22))
+    assert numbers("test") == list(range(24))
+    drawn.clear()
+    call(module, monkeypatch, *words, "--iterations", 6, "--cache-dir", cache, "--out", tmp_path)
+    assert trained() == [(t * T, T) for t in range(3, 6)]
+    assert numbers("val") == [*range(22), *range(22)]
+    assert numbers("test") == list(range(24))
+    assert [rate[0] for rate in rates] == [0.004, 0.004, 0.002, 0.002, 0.001, 0.001]
+    if module is afr:
+        assert [rate[1] for rate in rates] == [0.012, 0.012, 0.006, 0.006, 0.003, 0.003]
+
+
+@pytest.mark.parametrize("module", SMALL_RUNS, ids=lambda module: module.__name__)
+def test_the_seed_draws_the_parameters(module):
+    one, again, two = (
+        module.init_params(get_args(module, *SMALL_RUNS[module].split(), "--seed", seed))
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(w, again[k]) for k, w in one.items())
+    drawn = [k for k, w in one.items() if w.unique().numel() > 2]
+    assert len(drawn) >= 5
+    assert not any(torch.equal(one[k], two[k]) for k in drawn)
+
+
 def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path, cache, monkeypatch):
     words = [*TINY, "--cache-dir", cache]
     call(kml, monkeypatch, *words, "--out", tmp_path / "whole")
@@ -235,11 +299,17 @@ def test_growing_runs_identity_and_overwrite(tmp_path, cache, monkeypatch, capsy
     )
 
 
-def test_quick_is_a_preset_that_flags_override(monkeypatch):
-    args = kml.get_args(["--quick", "--iterations", "3", "--shots", "5"])
-    assert (args.iterations, args.shots) == (3, 5)
-    assert (args.image_size, args.meta_batch) == (kml.QUICK["image_size"], kml.QUICK["meta_batch"])
-    assert kml.get_args([]).image_size == 84
+@pytest.mark.parametrize(
+    "module",
+    [kml, mmaml, mprotonet, modgrad, modgrad_completion, modgrad_multishot, modgrad_rl, afr],
+    ids=lambda module: module.__name__,
+)
+def test_quick_is_a_preset_that_flags_override(module):
+    synthetic = [] if module is modgrad_rl else ["--synthetic"]
+    quick = get_args(module, *synthetic, "--quick")
+    assert {key: getattr(quick, key) for key in module.QUICK} == module.QUICK
+    assert get_args(module, *synthetic, "--quick", "--iterations", 3).iterations == 3
+    assert get_args(module, *synthetic).iterations != quick.iterations
 
 
 MAML_VARIANTS = (
@@ -373,10 +443,7 @@ def test_signals_end_a_real_process_cleanly(tmp_path, cache):
             stderr=subprocess.PIPE,
             text=True,
         )
-        while process.poll() is None and not (
-            (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
-        ):
-            time.sleep(0.1)
+        wait_for_a_line(out / "log.jsonl", process)
         process.send_signal(number)
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
@@ -482,11 +549,11 @@ def test_a_recorded_graph_computes_what_was_recorded(module):
 
 
 def test_data_tool(tmp_path, cache):
-    done = run("data.py", "list", "--data-root", tmp_path)
+    done = here("data.py", "list", "--data-root", tmp_path)
     assert done.returncode == 0
     assert all(mode in done.stdout for mode in fewshot_published.LAYOUTS)
     out = tmp_path / "episode.png"
-    done = run(
+    done = here(
         "data.py",
         "show",
         "cub",
@@ -502,7 +569,7 @@ def test_data_tool(tmp_path, cache):
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size == ((2 + 6) * 86 + 12, 5 * 86 + 16)
-    done = run("data.py", "prepare")
+    done = here("data.py", "prepare")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 

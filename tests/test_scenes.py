@@ -20,10 +20,10 @@ from tests.helpers import (
     episodes,
     fails,
     get_args,
+    here,
     make_afr,
     make_afr_task,
     picture,
-    run,
 )
 from tools import attention_report
 from tools.attention_report import everything
@@ -317,7 +317,7 @@ def test_photographs_with_depth(tmp_path, capsys):
         "no labels for vanishing",
         "--modes scenes",
     )
-    done = run(
+    done = here(
         "data.py",
         "show",
         "mine",

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ import modgrad_multishot
 import modgrad_rl
 import mprotonet
 from fewshot.flags import identity
-from fewshot.parallel import cores
-from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run, run_all
+from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run_all, wait_for_a_line
 from tools import (
     papers,
     reading,
@@ -118,7 +116,7 @@ def test_tables_are_exactly_as_expected(tmp_path):
     make_result(tmp_path / "q", "MProtoNet+KML", both, [94, 44, 98, 46], **flags, embed="query", seed=1)
     make_result(tmp_path / "o", "ProtoNet", both[:1], [96, 98, 90], [96, 96, 90], **flags)
     make_result(tmp_path / "m", "ProtoNet", both[1:], [41, 42], [40, 42], **flags)
-    done = run("tools.tables", tmp_path, "--out", tmp_path / "out")
+    done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "tables.md").read_text() + "\n" == done.stdout
     expected = """\
@@ -731,62 +729,97 @@ def test_run_all_lists_every_cell():
         assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (2, 1, True)
 
 
-def test_run_all_runs_skips_continues_and_reports(tmp_path, cache):
-    words = [
-        "--synthetic",
-        "--only",
-        "kml/2mode/5shot/mproto*",
-        "--only",
-        "kml/[om]*/5shot/multi-protonet",
-        "--out",
-        tmp_path / "runs",
-        "--",
-        *TINY[1:],
-        "--cache-dir",
-        cache,
+STAND_IN = """#!/usr/bin/env bash
+# In place of Python: the cells are the real ones; a script leaves a result file at once, or ends as the file `fate` in its folder says.
+case "$*" in
+    "-m tools.cells"*) exec {python} "$@" ;;
+    "-m tools.tables"*) echo "tables of $3"; exit ;;
+    "-c "*) echo 6; exit ;;     # cores
+esac
+script=$1
+while [ $# -gt 0 ]; do [ "$1" != --out ] || out=$2; shift; done
+echo "$script ${{FEWSHOT_CORES:-all}}" >>"$out/calls"
+case "$(cat "$out/fate" 2>/dev/null)" in
+    "") echo done >"$out/result.json" ;;
+    stopped) rm -f "$out/result.json" ;;
+    *) exit 3 ;;
+esac
+"""
+
+
+def test_run_all_keeps_account_of_its_cells(tmp_path):
+    """Which cells are run, run again and skipped; how they share the cores; what is said of them at the end."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    out = tmp_path / "runs"
+    at = out / "kml/2mode/5shot"
+    words = ["--only", "kml/2mode/5shot/m*proto*", "--only", "kml/2mode/5shot/protonet", "--out", out]
+    env = {k: v for k, v in os.environ.items() if k not in ("FEWSHOT_CORES", "OMP_NUM_THREADS")}
+
+    def go(*more):
+        command = ["bash", str(HERE / "run_all.sh"), *map(str, [*words, *more])]
+        options = {"capture_output": True, "text": True, "check": False, "timeout": 60}
+        return subprocess.run(command, env=env | {"PYTHON": str(python)}, **options)
+
+    def begun(done):
+        return re.findall(r"^\[\d/3\] .*5shot/(\S+)$", done.stdout, re.M)
+
+    def fate(cell, what):
+        (at / cell).mkdir(parents=True, exist_ok=True)
+        (at / cell / "fate").write_text(what)
+
+    cells = [line.split("5shot/")[1] for line in go("--dry-run").stdout.splitlines()]
+    assert sorted(cells) == ["mprotonet", "mprotonet+kml", "protonet"]
+    fate("mprotonet", "failed")
+    fate("protonet", "stopped")
+    done = go("--jobs", "2")
+    assert (done.returncode, len(begun(done))) == (1, 3), "a failed cell does not stop the others"
+    said = done.stdout[done.stdout.index("tables of") :].splitlines()
+    assert said[0] == f"tables of {out}"
+    assert said[2:] == [
+        "kml/2mode/5shot/mprotonet (status 3)",
+        "kml/2mode/5shot/protonet (not at its end; the same command continues)",
     ]
+    for cell in cells:
+        assert (at / cell / "calls").read_text() == "mprotonet.py 3\n", "two at a time share six cores"
+    fate("mprotonet", "")
+    done = go("--jobs", "2")
+    assert sorted(begun(done)) == ["mprotonet", "protonet"], "what is not finished is tried again"
+    assert (done.returncode, done.stdout.count("(status"), done.stdout.count("not at its end")) == (1, 0, 1)
+    fate("protonet", "")
+    done = go("--jobs", "2")
+    assert (done.returncode, begun(done)) == (0, ["protonet"])
+    assert (at / "protonet/calls").read_text().splitlines()[-1] == "mprotonet.py all", (
+        "alone it has all cores"
+    )
+    assert begun(go()) == []
+    assert all(line.endswith("    # finished") for line in go("--dry-run").stdout.splitlines())
+    (at / "mprotonet/result.json").unlink()
+    assert begun(go()) == ["mprotonet"], "its result is gone"
+    assert len(begun(go("--", "--iterations", "9"))) == 3, "another command is another run"
+
+
+def test_run_all_runs_a_failing_and_a_sound_cell(tmp_path, cache):
+    """With the real Python: the scripts, their folders, the tables."""
+    words = ["--synthetic", "--only", "kml/2mode/5shot/mproto*", "--out", tmp_path / "runs"]
+    words += ["--jobs", "2", "--", *TINY[1:], "--cache-dir", cache]
     bad = tmp_path / "runs" / "kml" / "2mode" / "5shot" / "mprotonet"
     bad.mkdir(parents=True)
     (bad / "checkpoint.pt").write_bytes(b"rubbish")
-    done = run_all("--jobs", "2", *words)
+    done = run_all(*words)
     assert done.returncode == 1
     assert done.stdout.rstrip().endswith("kml/2mode/5shot/mprotonet (status 2)")
-    assert done.stdout.count("(status") == done.stdout.count("5shot/mprotonet (") == 1
+    assert done.stdout.count("(status") == 1
     assert "is no checkpoint" in (bad / "output.txt").read_text()
-    result = json.loads((bad.parent / "mprotonet+kml" / "result.json").read_text())
-    assert result["args"]["workers"] == max(1, cores() // 2), "cells at a time share the cores"
+    assert json.loads((bad.parent / "mprotonet+kml" / "result.json").read_text())["iterations"] == 6
     table = (tmp_path / "runs" / "tables.md").read_text()
     assert "**Synthetic images.**" in table
     assert "| ProtoNet: missing |" in table
     assert "| MProtoNet: missing |" in table
-    assert re.search(r"\| Multi-ProtoNet \| \d", table)
-    assert re.search(r"\| MProtoNet\+KML - Multi-ProtoNet \| [+-]\d", table)
-    (bad / "checkpoint.pt").unlink()
-    done = run_all(*words)  # only what failed is run again
-    assert done.returncode == 0, done.stderr
-    assert next(line for line in done.stdout.splitlines() if line.startswith("[")).startswith("[1/4]")
-    assert done.stdout.count("--out") == 1
-    assert "| MProtoNet: missing |" not in (tmp_path / "runs" / "tables.md").read_text()
-    assert run_all(*words).stdout.count("--out") == 0
-    assert all(line.endswith("# finished") for line in run_all("--dry-run", *words).stdout.splitlines())
-    more = run_all(
-        "--synthetic",
-        "--only",
-        "kml/2mode/5shot/mprotonet",
-        "--out",
-        tmp_path / "runs",
-        "--",
-        *TINY[1:],
-        "--cache-dir",
-        cache,
-        "--iterations",
-        10**6,
-        "--stop-after",
-        1,
-    )
-    assert more.returncode == 1
-    assert "kml/2mode/5shot/mprotonet (not at its end" in more.stdout
-    assert not (bad / "command.txt").exists(), "a cell that was stopped has not ended"
+    assert re.search(r"\| MProtoNet\+KML \| \d", table)
+    done = run_all("--dry-run", *words)
+    assert [line.endswith("# finished") for line in done.stdout.splitlines()] == [False, True]
 
 
 def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
@@ -812,8 +845,7 @@ def test_run_all_stops_with_a_checkpoint(tmp_path, cache):
         start_new_session=True,
     )
     out = tmp_path / "kml" / "2mode" / "5shot" / "maml"
-    while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
-        time.sleep(0.1)
+    wait_for_a_line(out / "log.jsonl", process)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to the whole group
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -834,7 +866,7 @@ def test_inspect_modulation(tmp_path, cache, monkeypatch):
     del checkpoint["identity"]["conv4_lr"], checkpoint["identity"]["repeat_tasks"]
     torch.save(checkpoint, tmp_path / "kml" / "checkpoint.pt")  # as a run from before these flags wrote it
     folders, out = (tmp_path / "kml", tmp_path / "constant"), ("--out", tmp_path / "m.json")
-    done = run("tools.inspect_modulation", *folders, "--cache-dir", cache, "--tasks", 10, *out)
+    done = here("tools.inspect_modulation", *folders, "--cache-dir", cache, "--tasks", 10, *out)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" in done.stdout
     one, constant = json.loads((tmp_path / "m.json").read_text())
@@ -906,7 +938,7 @@ def test_multi_x_without_an_inductive_column(tmp_path):
     make_result(tmp_path / "p", "ProtoNet", both, [90, 40, 92, 44], **flags)
     make_result(tmp_path / "o", "ProtoNet", both[:1], [96, 98, 90], **flags)
     make_result(tmp_path / "m", "ProtoNet", both[1:], [41, 42, 43], **flags)
-    done = run("tools.tables", tmp_path, "--out", tmp_path / "out")
+    done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.split("\n") if line.startswith("| Multi-ProtoNet"))
     assert row.startswith("| Multi-ProtoNet | 69.25 ± 1.10 | - |")

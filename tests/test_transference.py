@@ -13,8 +13,8 @@ import torch
 import kml
 import mprotonet
 import transference
-from data import Task
-from tests.helpers import TINY, call, fails, here, make_params, make_task, run
+from data import Task, flags_of_run, read_tensors
+from tests.helpers import RESULTS, TINY, call, episodes, fails, get_args, here, make_params, make_task
 from tools import tables
 
 
@@ -204,7 +204,7 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
     )
     call(kml, monkeypatch, *TINY, "--cache-dir", cache, "--out", tmp_path / "kml")
     words = ["--source-tasks", 4, "--target-tasks", 3, "--cache-dir", cache, "--alpha", 1e-3]
-    done = run(
+    done = here(
         "transference.py",
         "--checkpoint",
         tmp_path / "run",
@@ -293,3 +293,29 @@ def test_transference_from_end_to_end(tmp_path, cache, monkeypatch, capsys):
         ),
     ):
         fails(capsys, functools.partial(call, transference, monkeypatch, *bad, "--cache-dir", cache), said)
+
+
+def test_sources_are_of_training_and_targets_of_test_classes(cache):
+    words = ["--checkpoint", "x", "--source-tasks", 3, "--target-tasks", 2, "--cache-dir", cache]
+    args = get_args(transference, *words)
+    args.source, args.target, args.device = "miniimagenet", "fc100", "cpu"
+    options = get_args(mprotonet, "--synthetic", "--image-size", 8, "--queries", 2)
+    made = transference.Experiment(args, options)
+    for batch, mode, split, seed in (
+        (made.sources, "miniimagenet", "train", args.seed),
+        (made.targets, "fc100", "test", None),
+        (made.validation, "fc100", "val", None),
+    ):
+        drawn = episodes(cache, [mode], split, size=8, queries=2, seed=seed).tasks(0, len(batch.mode))
+        assert all(torch.equal(x, y) for x, y in zip(batch, drawn)), split
+
+
+@pytest.mark.parametrize("file", sorted((RESULTS / "checkpoints").rglob("*.pt")), ids=lambda file: file.name)
+def test_committed_networks_can_be_read(file):
+    saved = read_tensors(file)
+    script = kml if saved["identity"]["method"] == "MMAML+KML" else mprotonet
+    wanted = script.init_params(flags_of_run(saved["identity"], script))
+    assert {k: w.shape for k, w in saved["params"].items()} == {k: w.shape for k, w in wanted.items()}
+    if script is mprotonet:
+        (state,) = transference.states(file, ["final"], "cpu")
+        assert file.stem.endswith(f"-{state.iteration}")
