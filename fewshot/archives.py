@@ -36,7 +36,9 @@ class Archive:
     """
 
     def __init__(self, path):
-        self.path, self.zip, self.tar = Path(path), None, None
+        self.path = Path(path)
+        self.zip = None
+        self.tar = None
         self.remedy = "complete the folder" if self.path.is_dir() else "fetch it again"
         try:
             if self.path.is_dir():
@@ -56,13 +58,13 @@ class Archive:
         except READ_ERRORS as error:
             fail(f"{self.path}: not a complete zip or tar archive ({error}): {self.remedy}")
         for name in self.names:
-            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            parts = name.replace("\\", "/").split("/")
+            if name.startswith(("/", "\\")) or ".." in parts:
                 fail(
                     f"{self.path}: holds a path that climbs out of the archive ({name}): do not trust it, {self.remedy}"
                 )
-        self.rank = {
-            name: i for i, name in enumerate(self.names)
-        }  # a compressed tar is fast only read in its order
+        # A compressed tar is fast only where it is read in its order.
+        self.rank = {name: i for i, name in enumerate(self.names)}
 
     def read(self, name):
         """The bytes of one file."""
@@ -154,7 +156,10 @@ def files_below(folder):
         ahead = []
         for name in folders:
             path = os.path.join(top, name)
-            real = os.path.realpath(path) if os.path.islink(path) else os.path.join(trail[-1], name)
+            if os.path.islink(path):
+                real = os.path.realpath(path)
+            else:
+                real = os.path.join(trail[-1], name)
             if real not in trail and os.path.commonpath([real, root]) != real:
                 trails[path] = [*trail, real]
                 ahead.append(name)
@@ -168,9 +173,12 @@ class Pixels:
     """Images that come as one uint8 array (n, H, W, 3), as pickled data sets do."""
 
     def __init__(self, path, array):
-        if getattr(array, "dtype", None) != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        holds_bytes = getattr(array, "dtype", None) == np.uint8
+        if not holds_bytes or array.ndim != 4 or array.shape[3] != 3:
             fail(f"{path}: holds no uint8 array of images (n, H, W, 3): fetch it again")
-        self.path, self.array, self.rank = path, array, {i: i for i in range(len(array))}
+        self.path = path
+        self.array = array
+        self.rank = {i: i for i in range(len(array))}
 
     def read(self, index):
         if index not in self.rank:
@@ -187,7 +195,8 @@ class PlainDtype:
         self.code = code
 
     def __setstate__(self, state):
-        self.code = {"<": "<", ">": ">"}.get(state[1], "|") + self.code.lstrip("<>|=")
+        byte_order = {"<": "<", ">": ">"}.get(state[1], "|")
+        self.code = byte_order + self.code.lstrip("<>|=")
 
 
 class PlainArray:
@@ -195,10 +204,14 @@ class PlainArray:
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, content = state
-        self.array = np.frombuffer(
-            content.encode("latin1") if isinstance(content, str) else content, dtype.code
-        )
-        self.array = self.array.reshape(shape, order="F" if fortran else "C")
+        if isinstance(content, str):
+            content = content.encode("latin1")
+        self.array = array_of_bytes(content, dtype, shape, "F" if fortran else "C")
+
+
+def array_of_bytes(content, dtype, shape, order):
+    """The array of that shape which bytes stand for; order: "C" or "F", as numpy says it."""
+    return np.frombuffer(content, dtype.code).reshape(shape, order=order)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -211,9 +224,8 @@ class PlainUnpickler(pickle.Unpickler):
             ("numpy", "dtype"): PlainDtype,
             ("numpy.core.multiarray", "_reconstruct"): lambda *_: PlainArray(),
             ("numpy.core.multiarray", "scalar"): lambda dtype, content: np.frombuffer(content, dtype.code)[0],
-            ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, shape, order: np.frombuffer(
-                content, dtype.code
-            ).reshape(shape, order=order),
+            # A function made anew, because a pickle may set attributes of what it gets.
+            ("numpy.core.numeric", "_frombuffer"): lambda *given: array_of_bytes(*given),
             ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 writes bytes
         }
         if (module, name) not in stand_ins:
@@ -226,12 +238,17 @@ def read_pickle(path, content):
     try:
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         found = PlainUnpickler(file, encoding="latin1").load()
-        names = {key: key.decode("latin1") if isinstance(key, bytes) else key for key in found}
+        names = {key: as_text(key) for key in found}
         return {names[key]: getattr(value, "array", value) for key, value in found.items()}
     except Exception as error:  # noqa: BLE001 (a damaged pickle can raise nearly anything)
         fail(
             f"{path}: not a pickle of arrays and plain containers ({error}): do not trust it, delete it and fetch it again"
         )
+
+
+def as_text(name):
+    """A name from a pickle as text: Python 2 wrote bytes."""
+    return name.decode("latin1") if isinstance(name, bytes) else name
 
 
 def by_folder(archive, names):
@@ -252,7 +269,9 @@ def fingerprint(paths):
             if path.is_dir() and is_junk(file.relative_to(path).as_posix()):
                 continue  # a file browser leaves and changes such files
             stat = file.stat()
-            contents = (file.suffix == ".zip" and table_of_contents(file)) or str(stat.st_mtime_ns).encode()
+            contents = table_of_contents(file) if file.suffix == ".zip" else b""
+            if not contents:
+                contents = str(stat.st_mtime_ns).encode()
             line = f"{file.relative_to(path.parent)} {stat.st_size} "
             digest.update(line.encode(errors="surrogateescape") + contents + b"\n")
     return digest.hexdigest()[:12]
@@ -265,7 +284,8 @@ def table_of_contents(path):
         file.seek(max(0, path.stat().st_size - 2**16 - 22))
         tail = file.read()
         at = tail.rfind(b"PK\5\6")  # the record at the end: 12 bytes, size and place of the directory
-        size, place = (int.from_bytes(tail[at + i : at + i + 4], "little") for i in (12, 16))
+        size = int.from_bytes(tail[at + 12 : at + 16], "little")
+        place = int.from_bytes(tail[at + 16 : at + 20], "little")
         if at < 0 or 2**32 - 1 in (size, place):
             return b""
         file.seek(place)

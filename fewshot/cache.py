@@ -7,6 +7,7 @@ the published archives; a cache made earlier; a download.
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -50,20 +51,31 @@ PLAIN_IN_SET = 0.1  # of all images may be of a single value
 
 def find_source(mode, root):
     """Find where the images of a mode lie -> (importer, [path]) in the order of search, or None."""
-    names = mode_folders(mode, root)
-    for name in names:
-        places = split_places(Path(root) / name)
-        if places:
-            return import_class_folders, list(places.values())
-    layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
-    if mode == "miniimagenet":
-        layouts.append(MINIIMAGENET_IMAGES)
-    for layout in layouts:
-        for place in [*(Path(root) / name for name in names), Path(root)]:
+    for name in mode_folders(mode, root):
+        splits = split_places(Path(root) / name)
+        if splits:
+            return import_class_folders, list(splits.values())
+    places = places_of_parts(mode, root)
+    for layout in published_layouts(mode):
+        for place in places:
             found = [first_that_exists(place, alternatives) for alternatives in layout.files]
             if all(found):
                 return layout.importer, found
     return None
+
+
+def published_layouts(mode):
+    """The published forms of a mode, in the order of search; none of a data set of your own."""
+    layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
+    if mode == "miniimagenet":
+        layouts.append(MINIIMAGENET_IMAGES)
+    return layouts
+
+
+def places_of_parts(mode, root):
+    """Folders in which the parts of a published data set may lie, in the order of search."""
+    own = [Path(root) / name for name in mode_folders(mode, root)]
+    return [*own, Path(root)]
 
 
 def first_that_exists(place, names):
@@ -73,11 +85,8 @@ def first_that_exists(place, names):
 
 def parts_missing(mode, root):
     """Where some parts of a published data set lie and others do not -> text of what is there and what is missing."""
-    places = [*(Path(root) / name for name in mode_folders(mode, root)), Path(root)]
-    layouts = [LAYOUTS[mode]] if mode in LAYOUTS else []
-    if mode == "miniimagenet":
-        layouts.append(MINIIMAGENET_IMAGES)
-    for layout in layouts:
+    places = places_of_parts(mode, root)
+    for layout in published_layouts(mode):
         for place in places:
             found = [first_that_exists(place, names) for names in layout.files]
             if any(found) and not all(found):
@@ -101,15 +110,14 @@ def build_cache(mode, size, splits, folder, banner=0):
         images = [(name, source, key) for name in classes for source, key in classes[name]]
         jobs += [Job(split, row, *image) for row, image in enumerate(images)]
         counted[split] = [[name, len(images)] for name, images in classes.items()]
-    jobs.sort(
-        key=lambda job: (str(job.source.path), job.source.rank.get(job.key, -1))
-    )  # in the archive's order
+    jobs.sort(key=Job.place)
     seen = Seen(mode, splits)
+    channels = 1 if mode == "omniglot" else 3
     about = f"{mode}: decoding to {size} px, once"
     with store.building(folder) as temporary, contextlib.ExitStack() as stack:
         arrays = {}
         for split, classes in counted.items():
-            shape = sum(count for _, count in classes), size, size, 1 if mode == "omniglot" else 3
+            shape = sum(count for _, count in classes), size, size, channels
             arrays[split] = stack.enter_context(EmptyArray(temporary / f"{split}.npy", shape))
         bar = stack.enter_context(tqdm(total=len(jobs), desc=about, unit=" images", disable=None))
         for job, decoded in zip(jobs, decoded_jobs(jobs, size, mode, banner, temporary)):
@@ -136,6 +144,10 @@ class Job(NamedTuple):
 
     def __str__(self):
         return f"{self.source.path}: {self.key}"
+
+    def place(self):
+        """Its archive and its rank there: sorted by them, images come in the order of the archives."""
+        return str(self.source.path), self.source.rank.get(self.key, -1)
 
 
 class EmptyArray:
@@ -243,8 +255,9 @@ class Seen:
 def decoded_jobs(jobs, size, mode, banner, temporary):
     """Decode images, in several processes if there are many -> their Decoded, in order."""
     workers = cores()
+    portions = chunks(jobs, size, mode, banner, temporary)
     if len(jobs) < PARALLEL_FROM or workers == 1 or multiprocessing.current_process().daemon:
-        for chunk in chunks(jobs, size, mode, banner, temporary):
+        for chunk in portions:
             for job in chunk:
                 yield from decode_all([job])
         return
@@ -253,10 +266,8 @@ def decoded_jobs(jobs, size, mode, banner, temporary):
         others = set(multiprocessing.active_children())
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
         try:
-            for chunk in chunks(jobs, size, mode, banner, temporary):
-                parts = [chunk[i : i + 32] for i in range(0, len(chunk), 32)]
-                for part in decoded_in(pool, parts):
-                    yield from part
+            for chunk in portions:
+                yield from decoded_in(pool, chunk)
         except concurrent.futures.BrokenExecutor:
             # The pool ends its processes when one is killed, but not one that it is just starting, and then waits for it.
             for process in set(multiprocessing.active_children()) - others:
@@ -269,15 +280,15 @@ def decoded_jobs(jobs, size, mode, banner, temporary):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decoded_in(pool, parts):
-    """Hand parts of a chunk to the pool, which starts its processes only now -> iterator of lists of Decoded."""
+def decoded_in(pool, chunk):
+    """Hand a chunk, in parts, to the pool, which starts its processes only now -> iterator of Decoded."""
+    parts = [chunk[i : i + 32] for i in range(0, len(chunk), 32)]
     try:
-        return pool.map(decode_all, parts)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no process can be started, or a pipe was closed because another was killed
+        decoded = pool.map(decode_all, parts)
+    except (OSError, ValueError) as error:
+        # No process can be started, or a pipe was closed because another was killed.
         raise concurrent.futures.BrokenExecutor from error
+    return itertools.chain.from_iterable(decoded)
 
 
 def chunks(jobs, size, mode, banner, temporary):
@@ -350,10 +361,14 @@ def checked(folder, allow_shared):
 
 def newest_cache(mode, size, cache_dir):
     """The newest sound cache of a mode whose images are not there any more, or None."""
-    begin, found = f"{shortened(mode)}-{size}-", []
-    for folder in cache_dir.iterdir() if cache_dir.is_dir() else []:
+    if not cache_dir.is_dir():
+        return None
+    begin = f"{shortened(mode)}-{size}-"
+    found = []
+    for folder in cache_dir.iterdir():
         digest = folder.name.removeprefix(begin)
-        if folder.name == begin + digest and len(digest) == 12 and (folder / "classes.json").exists():
+        of_mode = folder.name == begin + digest and len(digest) == 12
+        if of_mode and (folder / "classes.json").exists():
             found.append(folder)
     found.sort(key=lambda folder: (folder / "classes.json").stat().st_mtime, reverse=True)
     for folder in found:
@@ -377,10 +392,7 @@ def fetch(mode, root):
     files, terms = DOWNLOADS[mode]
     missing = parts_missing(mode, root)
     remedy = "Put the file there by hand, or add --synthetic to go on without it"
-    places = [*(Path(root) / name for name in mode_folders(mode, root)), Path(root)]
-    names = [name for alternatives in LAYOUTS[mode].files for name in alternatives]
-    beside = [place for place in places if first_that_exists(place, names)]
-    home = [*beside, Path(root) / mode][0]  # all parts must lie in one folder
+    home = home_of_parts(mode, root)
     for file_name, md5, urls in files:
         alternatives = next((names for names in LAYOUTS[mode].files if file_name in names), [file_name])
         if first_that_exists(home, alternatives):
@@ -394,6 +406,15 @@ def fetch(mode, root):
     return find_source(mode, root) or fail(
         f"{mode}: {parts_missing(mode, root)}: put all parts into one folder"
     )
+
+
+def home_of_parts(mode, root):
+    """The folder to download into: where a part lies already, since all parts must lie in one; else the mode's own."""
+    names = [name for alternatives in LAYOUTS[mode].files for name in alternatives]
+    for place in places_of_parts(mode, root):
+        if first_that_exists(place, names):
+            return place
+    return Path(root) / mode
 
 
 def check_enough(where, classes, ways, shots, queries):

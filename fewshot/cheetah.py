@@ -66,7 +66,8 @@ class Cheetah:
 
     def tensor(self, rows):
         """An array with a row for each animal -> float32 tensor (T, R, ...), on the device."""
-        return torch.from_numpy(rows).float().view(*self.shape, -1).to(self.device)
+        x = torch.from_numpy(rows).float()
+        return x.view(*self.shape, -1).to(self.device)
 
     def step(self, action):
         """Actions (T, R, 6) -> observations (T, R, 20), rewards (T, R), whether the rollout ends (T, R): never."""
@@ -97,9 +98,8 @@ def simulate(pipe, direction):
     import gymnasium
     import mujoco
 
-    mujoco.set_mju_user_warning(
-        lambda text: None
-    )  # or it writes notes on gymnasium's model to MUJOCO_LOG.TXT
+    # Without this, MuJoCo writes notes on gymnasium's model to MUJOCO_LOG.TXT.
+    mujoco.set_mju_user_warning(lambda text: None)
     env = gymnasium.make("HalfCheetah-v5", disable_env_checker=True).unwrapped
     env.reset(seed=0)
     animals = []
@@ -109,8 +109,7 @@ def simulate(pipe, direction):
             message = pipe.recv()
             if len(message) == 2:
                 noise, goals = message
-                while len(animals) < len(noise):
-                    animals.append(mujoco.MjData(env.model))
+                add_animals(env, animals, len(noise))
                 rows = [begin(env, animal, z) for animal, z in zip(animals, noise)]
             else:
                 actions = message[0].clip(-1, 1)
@@ -118,6 +117,14 @@ def simulate(pipe, direction):
             pipe.send(np.array(rows).reshape(len(rows), -1))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
+
+
+def add_animals(env, animals, wanted):
+    """Add animals to a list until it holds as many as are wanted."""
+    import mujoco
+
+    while len(animals) < wanted:
+        animals.append(mujoco.MjData(env.model))
 
 
 def begin(env, animal, z):
@@ -129,7 +136,8 @@ def begin(env, animal, z):
 
     env.data = animal
     mujoco.mj_resetData(env.model, animal)
-    shift = 0.1 * np.array([math.erf(x / math.sqrt(2)) for x in z[:9]])
+    uniform = [math.erf(x / math.sqrt(2)) for x in z[:9]]  # in [-1, 1]
+    shift = 0.1 * np.array(uniform)
     env.set_state(env.init_qpos + shift, env.init_qvel + 0.1 * z[9:])
     return observe(env)
 

@@ -14,7 +14,10 @@ def cores(quotas=("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us
     Its affinity, its container's quota and the environment variable FEWSHOT_CORES, which run_all.sh sets, limit them.
     quotas: the files in which Linux says what a container may use, of control groups version 2 and 1.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
     for file in map(Path, quotas):
         try:
             words = file.read_text().split()  # "200000 100000": microseconds, of so many
@@ -63,7 +66,10 @@ def recorded(function, params):
     first batch; each call copies its batch to where the graph reads. All batches must have the shapes of the first. What
     a call returns is overwritten by the next one.
     """
-    held, results, gradients, graph = None, None, None, torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
+    held = None  # the batch that the graph reads
+    results = None
+    gradients = None
 
     def run():
         for w in params.values():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fewshot.archives import Archive, Pixels, by_folder, read_pickle
+from fewshot.archives import Archive, Pixels, as_text, by_folder, read_pickle
 from fewshot.files import fail
 
 SPLITS = ("train", "val", "test")
@@ -35,9 +35,14 @@ MINIIMAGENET = {
 03544143 03775546 04146614 04149813 04418357 04522168 07613480
 """,
 }
-MINIIMAGENET = {
-    split: [f"n{number}" for number in numbers.split()] for split, numbers in MINIIMAGENET.items()
-}
+
+
+def wordnet_ids(numbers):
+    """WordNet ids of nouns, from a text of their numbers."""
+    return [f"n{number}" for number in numbers.split()]
+
+
+MINIIMAGENET = {split: wordnet_ids(numbers) for split, numbers in MINIIMAGENET.items()}
 # FC100 (Oreshkin et al. 2018): CIFAR-100 by superclass id, so that a test class has no sibling in training; the rest trains.
 FC100 = {"val": (8, 11, 13, 16), "test": (0, 7, 12, 14)}
 
@@ -56,6 +61,14 @@ def split_by_fraction(names):
     np.random.RandomState(123).shuffle(names)
     train, val = int(0.7 * len(names)), int(0.85 * len(names))
     return {"train": names[:train], "val": names[train:val], "test": names[val:]}
+
+
+def split_classes(classes):
+    """Share out {class: images} by that rule -> {split: {class: images}}."""
+    splits = {}
+    for split, names in split_by_fraction(classes).items():
+        splits[split] = {name: classes[name] for name in names}
+    return splits
 
 
 def split_of(name):
@@ -136,9 +149,8 @@ def import_omniglot(paths):
         mine = {name: images for name, images in characters.items() if name.startswith(path.stem)}
         wanted = {"images_background": 964, "images_evaluation": 659}[path.stem]
         archive.check("characters", len(mine), wanted)
-        most = max(
-            map(len, mine.values())
-        )  # 20 people drew each character, as published; here as many for each
+        # 20 people drew each character, as published; here as many for each.
+        most = max(map(len, mine.values()))
         archive.check("drawings", sum(map(len, mine.values())), wanted * most)
     order = list(alphabets)  # background first, each set sorted by name
     np.random.RandomState(123).shuffle(order)
@@ -161,11 +173,7 @@ def import_miniimagenet_pickles(paths):
         with file:
             content = read_pickle(path, file)
         try:
-            pixels = Pixels(path, content["image_data"])
-            splits[split] = {
-                name: [(pixels, int(i)) for i in getattr(rows, "array", rows)]
-                for name, rows in sorted(content["class_dict"].items())
-            }
+            splits[split] = miniimagenet_classes(path, content)
         except (KeyError, TypeError, ValueError, AttributeError):
             fail(
                 f"{path}: has no image_data and class_dict: not the published mini-ImageNet pickle; fetch it again"
@@ -174,29 +182,43 @@ def import_miniimagenet_pickles(paths):
     return splits
 
 
+def miniimagenet_classes(path, content):
+    """What is in one of mini-ImageNet's pickles -> {class: [(pixels, index)]}."""
+    pixels = Pixels(path, content["image_data"])
+    classes = {}
+    for name, rows in sorted(content["class_dict"].items()):
+        numbers = getattr(rows, "array", rows)
+        classes[name] = [(pixels, int(i)) for i in numbers]
+    return classes
+
+
 def import_miniimagenet_images(paths):
     """images/ with Ravi & Larochelle's train.csv, val.csv, test.csv (filename, label)."""
     archive, tables = Archive(paths[0]), paths[1:]
     by_name = {name.rpartition("/")[2]: name for name in archive.image_names()}
     splits = {}
     for split, table in zip(SPLITS, tables):
-        with io.StringIO(text_of(table.read_bytes()), newline="") as file:
-            rows = csv.DictReader(file)
-            if rows.fieldnames != ["filename", "label"]:
-                fail(
-                    f"{table}: does not begin with the line filename,label: fetch Ravi and Larochelle's table again"
-                )
-            rows = list(rows)
-            if any(None in row.values() for row in rows):
-                fail(f"{table}: a line has no label: fetch Ravi and Larochelle's table again")
-            for row in sorted(rows, key=lambda row: (row["label"], row["filename"])):
-                if row["filename"] not in by_name:
-                    fail(f"{archive.path}: lacks {row['filename']}, which {table} lists: {archive.remedy}")
-                splits.setdefault(split, {}).setdefault(row["label"], []).append(
-                    (archive, by_name[row["filename"]])
-                )
-        check_miniimagenet(table, split, splits.get(split, {}))
+        classes = {}
+        for name, label in table_rows(table):
+            if name not in by_name:
+                fail(f"{archive.path}: lacks {name}, which {table} lists: {archive.remedy}")
+            classes.setdefault(label, []).append((archive, by_name[name]))
+        check_miniimagenet(table, split, classes)
+        splits[split] = classes
     return splits
+
+
+def table_rows(table):
+    """The lines of one of Ravi and Larochelle's tables, sorted by class -> [(file name, label)]."""
+    remedy = "fetch Ravi and Larochelle's table again"
+    with io.StringIO(text_of(table.read_bytes()), newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != ["filename", "label"]:
+            fail(f"{table}: does not begin with the line filename,label: {remedy}")
+        rows = [(row["filename"], row["label"]) for row in reader]
+    if any(None in row for row in rows):
+        fail(f"{table}: a line has no label: {remedy}")
+    return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
 def check_miniimagenet(path, split, classes):
@@ -204,11 +226,14 @@ def check_miniimagenet(path, split, classes):
     wanted = len(MINIIMAGENET[split])
     images = sum(map(len, classes.values()))
     most = max(map(len, classes.values()), default=0)  # 600, as published; here as many for each class
-    for what, found, whole in (("classes", len(classes), wanted), ("images", images, wanted * most)):
-        if found != whole:
-            fail(
-                f"{path}: holds {found} of {whole} {what}, so the split would be another one: fetch it again"
-            )
+    check_whole(path, "classes", len(classes), wanted)
+    check_whole(path, "images", images, wanted * most)
+
+
+def check_whole(path, what, found, wanted):
+    """Exit if a split holds another number of `what` than published."""
+    if found != wanted:
+        fail(f"{path}: holds {found} of {wanted} {what}, so the split would be another one: fetch it again")
 
 
 def cifar_pickle(archive, name, keys):
@@ -224,9 +249,7 @@ def import_fc100(paths):
     """cifar-100-python: pickles `train` and `test` (merged: 600 images per class) and `meta`; split by superclass."""
     archive = Archive(paths[0])
     meta = cifar_pickle(archive, "meta", ["fine_label_names"])
-    fine_names = [
-        name.decode("latin1") if isinstance(name, bytes) else name for name in meta["fine_label_names"]
-    ]
+    fine_names = [as_text(name) for name in meta["fine_label_names"]]
     splits = {split: {} for split in SPLITS}
     superclasses = set()
     for part in ("train", "test"):
@@ -244,28 +267,42 @@ def import_fc100(paths):
             splits[split].setdefault(fine, []).append((pixels, row))
     archive.check("classes", sum(map(len, splits.values())), 100)
     archive.check("superclasses", len(superclasses), 20)
-    return {
-        split: {fine_names[fine]: classes[fine] for fine in sorted(classes)}
-        for split, classes in splits.items()
-    }
+    named = {}
+    for split, classes in splits.items():
+        named[split] = {fine_names[fine]: classes[fine] for fine in sorted(classes)}
+    return named
 
 
 def import_cub(paths):
     """CUB_200_2011/images/NNN.Name/*.jpg: 140 / 30 / 30 of the folder names, sorted and then shuffled."""
     archive = Archive(paths[0])
-    names = [name for name in archive.image_names() if name.split("/")[-3:-2] == ["images"]]
-    places = sorted({name.rsplit("/", 2)[0] for name in names}, key=lambda place: (place.count("/"), place))
-    listed = [
-        place for place in places if f"{place.rpartition('/')[0]}/images.txt".lstrip("/") in archive.rank
-    ]
-    place = [*listed, *places, ""][0]  # copies of other resolutions may lie beside the images
+    names = [name for name in archive.image_names() if is_in_images(name)]
+    place = place_of_birds(archive, names)
     names = [name for name in names if name.startswith(f"{place}/")]
-    classes = {folder.rpartition("/")[2]: images for folder, images in by_folder(archive, names).items()}
+    classes = {}
+    for folder, images in by_folder(archive, names).items():
+        classes[folder.rpartition("/")[2]] = images
     archive.check("classes", len(classes), 200)
-    return {
-        split: {name: classes[name] for name in members}
-        for split, members in split_by_fraction(classes).items()
-    }
+    return split_classes(classes)
+
+
+def is_in_images(name):
+    """Whether a path ends in images/<class>/<image>."""
+    return name.split("/")[-3:-2] == ["images"]
+
+
+def place_of_birds(archive, names):
+    """The folder `images` of CUB: the first that images.txt lies beside, or else the first; "" if there is none.
+
+    Copies of other resolutions may lie beside it.
+    """
+    places = {name.rsplit("/", 2)[0] for name in names}
+    places = sorted(places, key=lambda place: (place.count("/"), place))
+    for place in places:
+        parent = place.rpartition("/")[0]
+        if f"{parent}/images.txt".lstrip("/") in archive.rank:
+            return place
+    return places[0] if places else ""
 
 
 def import_aircraft(paths):
@@ -285,10 +322,7 @@ def import_aircraft(paths):
             if variant not in classes:
                 fail(f"{archive.path}: its variants.txt lacks {variant}: {archive.remedy}")
             classes[variant].append((archive, f"{data}/images/{number}.jpg"))
-    return {
-        split: {name: classes[name] for name in members}
-        for split, members in split_by_fraction(classes).items()
-    }
+    return split_classes(classes)
 
 
 def import_celeba(paths):
@@ -304,7 +338,8 @@ def import_celeba(paths):
             fail(f"{table}: a line is not of the form 000001.jpg 0 ({line[:40]}): fetch it again")
         if name not in by_name:
             fail(f"{archive.path}: lacks {name}, which {table} lists: {archive.remedy}")
-        splits[SPLITS[int(part)]]["all"].append((archive, by_name[name]))
+        split = SPLITS[int(part)]
+        splits[split]["all"].append((archive, by_name[name]))
     listed = sum(len(images["all"]) for images in splits.values())
     if listed != len(by_name):
         fail(

@@ -25,7 +25,9 @@ def read_tensors(path):
         warnings.simplefilter("ignore")  # what PyTorch finds strange, it refuses as well
         content = torch.load(path, map_location="cpu", weights_only=True)
     params = content.get("params", content)
-    for key, w in params.items() if isinstance(params, dict) else ():
+    if not isinstance(params, dict):
+        return content
+    for key, w in params.items():
         if isinstance(w, torch.Tensor) and not torch.isfinite(w).all():
             raise ValueError(f"damaged: {key} is not finite")
     return content
@@ -63,18 +65,28 @@ def wrong_state(state, fresh, shapes, moments):
     PyTorch itself compares the sizes of groups only.
     """
     try:
-        if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in fresh]:
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        if sizes != [len(group["params"]) for group in fresh]:
             return "the optimizer has another number of parameters"
         if moments not in (None, len(state["state"])):
             return "the optimizer has lost its moments"
         for number, of in state["state"].items():
-            for key, value in of.items():
-                if key == "step" and not 0 <= float(value) < 2**53:
-                    return f"the optimizer's step is {float(value)}"
-                if key != "step" and (value.shape != shapes[number] or not torch.isfinite(value).all()):
-                    return f"the optimizer's {key} of parameter {number} does not fit"
+            wrong = wrong_moments(number, of, shapes)
+            if wrong:
+                return wrong
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, RuntimeError) as error:
         return f"the optimizer's state is no such thing ({type(error).__name__})"
+    return ""
+
+
+def wrong_moments(number, of, shapes):
+    """Say how the optimizer's state of one parameter does not fit it -> one phrase, or ""."""
+    for key, value in of.items():
+        if key == "step":
+            if not 0 <= float(value) < 2**53:
+                return f"the optimizer's step is {float(value)}"
+        elif value.shape != shapes[number] or not torch.isfinite(value).all():
+            return f"the optimizer's {key} of parameter {number} does not fit"
     return ""
 
 

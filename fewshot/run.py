@@ -134,22 +134,27 @@ class Run:
         if not self.unfinished:
             return
         args = self.args
-        first = self.done
         self.lines = self.earlier_lines()
         if not self.checkpoint:  # a result that stands here is another run's
             (self.folder / "result.json").unlink(missing_ok=True)
         self.catch_signals()
         self.begun = time.perf_counter()
         try:
-            with tqdm(total=args.iterations, initial=first, desc=args.title, disable=None) as self.bar:
-                while not self.over:
-                    yield self.done
-                    self.bar.update()
-                    if self.done - first == self.estimate_after:
-                        self.estimate()
+            self.bar = tqdm(total=args.iterations, initial=self.done, desc=args.title, disable=None)
+            with self.bar:
+                yield from self.until_over()
         finally:
             release_signals()
         self.seconds += time.perf_counter() - self.begun
+
+    def until_over(self):
+        """Yield the number of each iteration until `save` ends them; move the bar, and estimate the rest once."""
+        first = self.done
+        while not self.over:
+            yield self.done
+            self.bar.update()
+            if self.done - first == self.estimate_after:
+                self.estimate()
 
     @property
     def ending(self):

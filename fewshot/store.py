@@ -53,7 +53,9 @@ def building(folder):
         publish(temporary, folder)
     except OSError as error:
         gone = temporary is not None and not temporary.exists() and not folder.exists()
-        why = "it was removed while it was built" if gone else error.strerror or str(error)
+        why = error.strerror or str(error)
+        if gone:
+            why = "it was removed while it was built"
         fail(f"cannot write the cache {folder} ({why}): make room or choose another --cache-dir")
     except MemoryError:
         fail(
@@ -227,7 +229,8 @@ def content_of(folder):
     if folder.name.startswith(("synthetic-", "scenes-")):
         return folder.name
     try:
-        text = json.dumps(json.loads((folder / CHECKSUMS).read_text())["files"], sort_keys=True)
+        files = json.loads((folder / CHECKSUMS).read_text())["files"]
+        text = json.dumps(files, sort_keys=True)
     except OSError:  # of an earlier version, which is known by its name
         text = folder.name
     return hashlib.sha256(text.encode()).hexdigest()[:16]

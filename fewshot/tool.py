@@ -16,6 +16,7 @@ from fewshot.scenes import depth_folders
 from fewshot.show import show, show_scenes
 
 COMMANDS = ("list", "prepare", "verify", "show")
+LEAST = {"image_size": 1, "ways": 1, "shots": 1, "queries": 1, "task": 0}  # of each number
 
 
 def get_args(argv=None):
@@ -47,7 +48,7 @@ def get_args(argv=None):
 
 def check(args):
     """Exit if numbers are out of range, or flags contradict each other."""
-    for key, least in (("image_size", 1), ("ways", 1), ("shots", 1), ("queries", 1), ("task", 0)):
+    for key, least in LEAST.items():
         value = getattr(args, key)
         if not least <= value < 2**31:
             fail(f"--{key.replace('_', '-')} {value}: give {least} or more, and less than 2^31")

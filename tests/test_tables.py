@@ -539,6 +539,15 @@ def test_tables_of_modgrad_know_every_flag(module, known):
     assert not unknown
 
 
+def test_runs_of_a_changed_script_stand_in_no_table(tmp_path):
+    """They can be compared (documents.differences), but would pass as runs of the script as it is."""
+    (original,) = (RESULTS / "2mode-maml-4000" / "seed0" / "maml").glob("result.json")
+    for name in ("maml", "exercises/maml"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(original, tmp_path / name)
+    assert [run["file"].parent for run in reading.read([tmp_path])] == [tmp_path / "maml"]
+
+
 def test_a_flag_of_a_run_in_no_table_of_its_own_takes_the_papers_number_away():
     """W * M for all runs of a table is said above it, and is no less a variant than in a row."""
     shared = {"no_residual": True, "lr_halve_every": 1000}
