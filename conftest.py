@@ -32,7 +32,9 @@ SLOWEST = (
 
 def pytest_collection_modifyitems(items):
     """Put the slowest tests at the beginning and in the middle, where two processes begin."""
-    slow = [item for name in SLOWEST for item in items if getattr(item, "originalname", "") == name]
+    slow = []
+    for name in SLOWEST:
+        slow += [item for item in items if getattr(item, "originalname", "") == name]
     rest = [item for item in items if item not in slow]
     half = len(rest) // 2
     items[:] = slow[::2] + rest[:half] + slow[1::2] + rest[half:]
