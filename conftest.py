@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(items):
         slow += [item for item in items if getattr(item, "originalname", "") == name]
     rest = [item for item in items if item not in slow]
     half = len(rest) // 2
-    items[:] = slow[::2] + rest[:half] + slow[1::2] + rest[half:]
+    first = slow[::2] + rest[:half]
+    second = slow[1::2] + rest[half:]
+    items[:] = first + second
 
 
 @pytest.hookimpl(optionalhook=True)
