@@ -88,7 +88,7 @@ ADAPT_HELP = "what inner steps change: theta under a fixed M, or theta-hat itsel
 EMBED_HELP = (
     "where v comes from. support: the support images (P). constant, a control of ours: one learned vector"
 )
-CONV4_HELP = "step size of conv4's kernels, a control of ours; --inner-lr unless given"
+CONV_HELP = "step sizes of the kernels of layers 1 to 4, a control of ours; --inner-lr unless given"
 REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
@@ -246,9 +246,11 @@ def init_params(args):
 
 
 def step_size(key, args):
-    """Alpha, the step size of one tensor of theta: --inner-lr; for conv4's kernels --conv4-lr, where it is given."""
-    if key == "conv4.weight" and args.conv4_lr is not None:
-        return args.conv4_lr
+    """Alpha, the step size of one tensor of theta: --inner-lr; for kernels that of their layer in --conv-lr, if given."""
+    if args.conv_lr is not None:
+        for l, alpha in zip(LAYERS, args.conv_lr):
+            if key == f"conv{l}.weight":
+                return alpha
     return args.inner_lr
 
 
@@ -518,7 +520,7 @@ def add_algorithm_flags(p):
     p.add_argument("--adapt", default="theta", choices=("theta", "modulated"), help=ADAPT_HELP)
     p.add_argument("--inner-steps", type=int, default=5, help="gradient steps on the support set (C: 5)")
     p.add_argument("--inner-lr", type=float, default=0.05, help="alpha, the inner step size (C: 0.05)")
-    p.add_argument("--conv4-lr", type=float, help=CONV4_HELP)
+    p.add_argument("--conv-lr", type=float, nargs=4, metavar="A", help=CONV_HELP)
     p.add_argument(
         "--inner-clip", type=float, default=20.0, help="bound on each entry of the inner gradient (C: 20)"
     )

@@ -206,9 +206,11 @@ def resolve_device(name):
 
 def check_numbers(args, least):
     """Exit if a number is out of range. Numbers of tasks are over all modes together, so each mode has to have its least."""
+    numbers = []
     for key, value in vars(args).items():
-        if not isinstance(value, (int, float)):
-            continue
+        values = value if isinstance(value, list) else [value]
+        numbers += [(key, x) for x in values if isinstance(x, (int, float))]
+    for key, value in numbers:
         smallest = least.get(key, 0)
         if key in ("test_tasks", "val_tasks"):
             strata = args.strata if "strata" in args else vars(args).get("modes", [""])

@@ -441,9 +441,9 @@ def test_first_order_holds_the_inner_gradients_constant():
     assert not torch.allclose(again["conv4.weight"].grad, params["conv4.weight"].grad, rtol=1e-2)
 
 
-def adapted_by_hand(module, theta, omega, task, clip, conv4_lr=0.1):
+def adapted_by_hand(module, theta, omega, task, clip, conv_lr=(0.1,) * 4):
     """Two inner steps of size 0.1 on `theta` under a fixed omega, by torch.autograd.grad -> the parameters for the queries."""
-    sizes = dict.fromkeys(theta, 0.1) | {"conv4.weight": conv4_lr}
+    sizes = dict.fromkeys(theta, 0.1) | {f"conv{l}.weight": size for l, size in zip((1, 2, 3, 4), conv_lr)}
     for _ in range(2):
         logits, _ = module.forward(module.modulate(theta, omega), task.support_x)
         grads = torch.autograd.grad(
@@ -474,18 +474,19 @@ def test_what_the_inner_loop_adapts(module, modulation, adapt):
 
 
 @pytest.mark.parametrize("module, modulation", [case for case in CASES if case[0] is not mprotonet])
-@pytest.mark.parametrize("size", [0.0, 0.1, 1.0])
-def test_the_last_kernels_have_a_step_size_of_their_own(module, modulation, size):
-    """--conv4-lr changes the step of conv4's kernels and of nothing else; as large as --inner-lr, it changes no bit."""
-    args, params = make_params(module, modulation, "--inner-lr", 0.1, "--conv4-lr", size)
+@pytest.mark.parametrize("sizes", [(0.0, 0.02, 0.3, 1.0), (0.1, 0.1, 0.1, 0.1)])
+def test_kernels_have_step_sizes_of_their_own(module, modulation, sizes):
+    """--conv-lr changes the steps of the four kernels and of nothing else; as large as --inner-lr, it changes no bit."""
+    args, params = make_params(module, modulation, "--inner-lr", 0.1, "--conv-lr", *sizes)
     task, theta, omega = make_task(), module.group(params, "base"), {}
     if modulation != "none":
         omega = module.modulation(params, module.encode_task(params, task.support_x))
-    adapted = adapted_by_hand(module, theta, omega, task, 20, conv4_lr=size)
+    adapted = adapted_by_hand(module, theta, omega, task, 20, sizes)
     _, logits = module.task_loss(params, task, args)
     torch.testing.assert_close(logits, module.forward(adapted, task.query_x)[0])
     usual, _ = make_params(module, modulation, "--inner-lr", 0.1)
-    assert torch.equal(logits, module.task_loss(params, task, usual)[1]) == (size == 0.1)
+    all_usual = set(sizes) == {0.1}
+    assert torch.equal(logits, module.task_loss(params, task, usual)[1]) == all_usual
 
 
 @pytest.mark.parametrize("module, modulation", MODULATED_MAML)

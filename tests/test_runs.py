@@ -604,7 +604,7 @@ def forget_flag(folder, flag):
 def test_a_run_goes_on_where_a_flag_is_newer_than_it(tmp_path, cache, monkeypatch, capsys):
     words = *TINY, "--cache-dir", cache, "--out", tmp_path
     call(kml, monkeypatch, *words, "--iterations", 2)
-    for flag in ("repeat_tasks", "conv4_lr"):
+    for flag in ("repeat_tasks", "conv_lr"):
         forget_flag(tmp_path, flag)
     call(kml, monkeypatch, *words, "--iterations", 3)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 3
@@ -617,7 +617,7 @@ def test_a_run_goes_on_where_a_flag_is_newer_than_it(tmp_path, cache, monkeypatc
     def again(*flags):
         return lambda: call(kml, monkeypatch, *words, "--iterations", 3, *flags)
 
-    for flag, flags in {"repeat_tasks": ["--repeat-tasks"], "conv4_lr": ["--conv4-lr", 0.3]}.items():
+    for flag, flags in {"repeat_tasks": ["--repeat-tasks"], "conv_lr": ["--conv-lr", 0, 0, 0.1, 0.3]}.items():
         forget_flag(tmp_path, flag)
         fails(capsys, again(*flags), f"older than --{flag.replace('_', '-')}: leave it out")
     forget_flag(tmp_path, "adapt")

@@ -872,7 +872,7 @@ def test_inspect_modulation(tmp_path, cache, monkeypatch):
         out = "--out", tmp_path / name
         call(module, monkeypatch, *TINY, "--test-tasks", 10, "--cache-dir", cache, *out, *words)
     checkpoint = torch.load(tmp_path / "kml" / "checkpoint.pt", weights_only=True)
-    del checkpoint["identity"]["conv4_lr"], checkpoint["identity"]["repeat_tasks"]
+    del checkpoint["identity"]["conv_lr"], checkpoint["identity"]["repeat_tasks"]
     torch.save(checkpoint, tmp_path / "kml" / "checkpoint.pt")  # as a run from before these flags wrote it
     folders, out = (tmp_path / "kml", tmp_path / "constant"), ("--out", tmp_path / "m.json")
     done = here("tools.inspect_modulation", *folders, "--cache-dir", cache, "--tasks", 10, *out)

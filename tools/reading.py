@@ -23,7 +23,8 @@ OPTIONS = {
     "first_order": False,
     "inner_clip": 20.0,
     "inner_lr": 0.05,
-    "conv4_lr": None,
+    "conv_lr": None,
+    "conv4_lr": None,  # what runs from before --conv-lr have in its place
     "inner_steps": 5,
     "no_residual": False,
     "embed": "support",
@@ -267,7 +268,10 @@ def show(value, sign=""):
 def flag_text(name, value):
     """A flag as a command has it."""
     flag = f"--{name.replace('_', '-')}"
-    return flag if value is True else f"{flag} {value}"
+    if value is True:
+        return flag
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag, *map(str, values)])
 
 
 def label(run, seed=True):
