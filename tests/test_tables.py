@@ -24,7 +24,7 @@ import modgrad_multishot
 import modgrad_rl
 import mprotonet
 from fewshot.flags import identity
-from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, run_all, wait_for_a_line
+from tests.helpers import HERE, RESULTS, TINY, call, get_args, here, make_result, run_all, wait_for_a_line
 from tools import (
     papers,
     reading,
@@ -34,36 +34,6 @@ from tools import (
     tables_multishot,
     tables_rl,
 )
-
-
-def make_result(folder, method, modes, per_task, inductive=(), args=None, best=None, **flags):
-    """A result file as the scripts write it, with accuracies of our choice."""
-    family = {"MAML": kml.METHODS | mmaml.METHODS, "ProtoNet": mprotonet.METHODS}
-    module = mmaml if method in family["MAML"].values() else mprotonet
-    args = args or vars(get_args(module, "--modes", *modes)) | flags
-    default = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}["MAML" if module is mmaml else "ProtoNet"]
-    result = {
-        "method": method,
-        "modes": modes,
-        "ways": 5,
-        "shots": args["shots"],
-        "synthetic": args["synthetic"],
-        "per_task": list(per_task),
-        "per_task_inductive": list(inductive) or None,
-        "test_tasks": len(per_task),
-        "iterations": flags.get("iterations", default[0]),
-        "seconds_per_iteration": 0.25,
-        "parameters": {"base": 1000, "encoder": 100, "generator": 10},
-        "args": args,
-        "data": [f"{mode}-84-abc" for mode in modes],
-        "best_on_validation": best,
-    }
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        {"iteration": i, "accuracy": {mode: 20 + i + m for m, mode in enumerate(modes)}} for i in range(1, 90)
-    ]
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def test_intervals_and_paired_differences_of_the_tables_agree_with_a_bootstrap():
@@ -951,6 +921,27 @@ def test_multi_x_without_an_inductive_column(tmp_path):
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.split("\n") if line.startswith("| Multi-ProtoNet"))
     assert row.startswith("| Multi-ProtoNet | 69.25 ± 1.10 | - |")
+
+
+def test_multi_x_with_flags_is_a_row_of_its_own(tmp_path):
+    """Networks trained on one mode each with the same flags stand together, and are compared with all joint networks."""
+    both = ["omniglot", "miniimagenet"]
+    make_result(tmp_path / "p", "ProtoNet", both, [90, 40, 92, 44], shots=5, lr=0.004)
+    make_result(tmp_path / "k", "MProtoNet+KML", both, [91, 42, 93, 45], shots=5)
+    make_result(tmp_path / "o", "ProtoNet", both[:1], [96, 98, 90], shots=5, lr=0.004)
+    make_result(tmp_path / "m", "ProtoNet", both[1:], [41, 42, 43], shots=5, lr=0.004)
+    done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split(" | ")[0]: line for line in done.stdout.split("\n")}
+    assert rows["| Multi-ProtoNet, `--lr 0.004`"].startswith(
+        "| Multi-ProtoNet, `--lr 0.004` | 69.25 ± 1.10 |"
+    )
+    minus = rows["| ProtoNet, `--lr 0.004` - Multi-ProtoNet, `--lr 0.004`"]
+    assert minus.startswith("| ProtoNet, `--lr 0.004` - Multi-ProtoNet, `--lr 0.004` | -2.75 ±")
+    assert "| MProtoNet+KML - Multi-ProtoNet, `--lr 0.004`" in rows
+    assert "### ProtoNet family, omniglot, " not in done.stdout, (
+        "a part of another row has no table of its own"
+    )
 
 
 def test_the_interval_over_seeds_covers_training():

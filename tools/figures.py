@@ -1,35 +1,40 @@
 """The figures beside the tables. They need matplotlib."""
 
+import itertools
 import math
 import sys
 
 import numpy as np
 
 from data import read_log
-from tools.reading import budget_text, label, score, title
+from tools.reading import label, score
 
 KINDS_OF_LINES = ("-", "--", ":", "-.")
+NAMES_OF_LINES = ("solid", "dashed", "dotted", "dash-dotted")
 
 
-def curves(runs, singles, file):
-    """Training accuracy of each run against iterations, a panel per mode -> PNG `file`. Points are means over log lines."""
-    first = runs[0]
-    modes = first["modes"]
-    shown = list(runs)
-    if len(modes) > 1:
-        shown += [run for (_, mode), run in singles.items() if mode in modes]
-    shown.sort(key=label)
-    figure, panels = side_by_side(len(modes), 5 * len(modes) + 2, 4)
-    for mode, axis in zip(modes, panels):
-        for run in shown:
-            if mode in run["modes"]:
-                style = style_of(run, shown)
-                training_accuracy(axis, mode, run, style)
-        axis.set(title=mode)
-        name_axes(axis, "iterations", "accuracy on training tasks, %")
-    legend_of(figure, panels, "outside right center")
-    about = budget_text(first["budget"], first["family"])
-    save(figure, f"{title(first)}\n{about.replace('**', '')}", file)
+def curves(runs, heading, file, name_of=label):
+    """Accuracy of each run against iterations -> PNG `file`: on training tasks and, below, on validation tasks, a panel per mode.
+
+    A configuration has a colour, a seed a kind of line. A run may have some of the modes only. name_of: a function of a run and
+    of whether its seed is to be named.
+    """
+    runs = sorted(runs, key=label)
+    logs = [(run, log_lines(run)) for run in runs]
+    modes = max((run["modes"] for run in runs), key=len)
+    sources = {"training": training_points}
+    if any("validation" in line for _, lines in logs for line in lines):
+        sources["validation"] = validation_points
+    figure, panels = grid(len(sources), len(modes))
+    for (kind, mode), axis in zip(itertools.product(sources, modes), panels):
+        for run, lines in logs:
+            name = name_of(run, False)
+            style = style_of(run, runs, name_of)
+            draw_points(axis, sources[kind](lines, mode), name, style)
+        axis.set(title=mode, xlim=(0, None))
+        name_axes(axis, "iterations", f"accuracy on {kind} tasks, %")
+    legend_of(figure, panels, "outside lower center", ncols=2)
+    save(figure, f"{heading}\n{seeds_text(runs)}", file)
 
 
 def pyplot():
@@ -40,6 +45,15 @@ def pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def grid(rows, columns):
+    """A figure with panels in rows and columns -> (figure, list of its panels, row by row). What is one panel wide is laid flat."""
+    if columns == 1:
+        rows, columns = 1, rows
+    size = max(8, 4.2 * columns), 3.6 * rows + 1.4
+    figure, panels = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, list(panels.flat)
 
 
 def side_by_side(count, width, height):
@@ -60,13 +74,13 @@ def with_intervals(axis, x, mean, half_widths, name, **style):
     axis.errorbar(x, mean, half_widths, label=plain(name), marker="o", capsize=2, **style)
 
 
-def legend_of(figure, panels, place):
+def legend_of(figure, panels, place, **style):
     """Give a figure one legend of the lines in all its panels, each name once."""
     lines = {}
     for axis in panels:
         for line in axis.get_lines():
-            lines[line.get_label()] = line
-    figure.legend(lines.values(), lines, loc=place, fontsize="small")
+            lines.setdefault(line.get_label(), line)
+    figure.legend(lines.values(), lines, loc=place, fontsize="small", **style)
 
 
 def save(figure, title, file):
@@ -86,29 +100,62 @@ def log_of(run):
     return run["file"].parent / "log.jsonl"
 
 
-def style_of(run, shown):
-    """The line of a run among those shown: a colour for each method, a kind of line for each seed."""
-    methods = sorted({label(other, False) for other in shown})
+def log_lines(run):
+    """The lines of a run's log, or [] and a note where there is none."""
+    lines = read_log(log_of(run))
+    if not lines:
+        print(f"note: {log_of(run)} cannot be read: no curve of it", file=sys.stderr)
+    return lines
+
+
+def style_of(run, shown, name_of):
+    """The line of a run among those shown: a colour for each configuration, a kind of line for each seed, the first a thicker one."""
+    configurations = sorted({name_of(other, False) for other in shown})
     seeds = sorted({other["seed"] for other in shown})
-    method = methods.index(label(run, False))
-    seed = seeds.index(run["seed"])
-    turn, colour = divmod(method, 10)  # there are ten colours
-    kind = (seed + turn) % len(KINDS_OF_LINES)
-    return {"color": f"C{colour}", "linestyle": KINDS_OF_LINES[kind]}
+    colour = configurations.index(name_of(run, False))
+    colours = pyplot().get_cmap("tab10" if len(configurations) <= 10 else "tab20").colors
+    kind = seeds.index(run["seed"])
+    return {
+        "color": colours[colour % len(colours)],
+        "linestyle": KINDS_OF_LINES[kind % len(KINDS_OF_LINES)],
+        "linewidth": 0.9 if kind else 1.5,
+    }
 
 
-def training_accuracy(axis, mode, run, style):
-    """Draw a run's accuracy on training tasks of a mode against iterations."""
+def seeds_text(shown):
+    """Which kind of line is which seed, where there are several -> text for a title."""
+    seeds = sorted({run["seed"] for run in shown})
+    if len(seeds) < 2:
+        return ""
+    kinds = [NAMES_OF_LINES[i % len(NAMES_OF_LINES)] for i in range(len(seeds))]
+    return f"Seeds {', '.join(map(str, seeds))}: {', '.join(kinds)} lines."
+
+
+def training_points(lines, mode):
+    """Lines of a log -> [(iteration, accuracy in % on training tasks of a mode)], neighbours averaged."""
     points = []
-    for line in read_log(log_of(run)):
+    for line in lines:
         if mode in line.get("accuracy", {}):
             points.append((line["iteration"], line["accuracy"][mode]))
-    if not points:
-        print(f"note: {log_of(run)} cannot be read: no curve of it", file=sys.stderr)
-        return
-    iterations, accuracy = thinned(points, 40).T
-    name = plain(label(run))
-    axis.plot(iterations, accuracy, label=name, linewidth=1.3, **style)
+    return thinned(points, 40).tolist() if points else []
+
+
+def validation_points(lines, mode):
+    """Lines of a log -> [(iteration, accuracy in % on validation tasks of a mode, paper protocol)]."""
+    points = []
+    for line in lines:
+        measured = line.get("validation", {})
+        accuracy = measured.get("paper") or measured.get("accuracy", {})  # afr.py has the second
+        if mode in accuracy:
+            points.append((line["iteration"], accuracy[mode]["mean"]))
+    return points
+
+
+def draw_points(axis, points, name, style):
+    """Draw points (iteration, value), joined by a line, which the legend calls `name`."""
+    if points:
+        iterations, values = zip(*points)
+        axis.plot(iterations, values, label=plain(name), **style)
 
 
 def against_steps(runs, about, file):

@@ -40,6 +40,13 @@ MULTI_MAML = {"omniglot": {"inner_lr": 0.4, "inner_steps": 1}, "": {"inner_lr": 
 BUDGET = {"image_size": 84, "channels": 32, "queries": 15, "precision": "fp32"}
 ITERATIONS = {"MAML": (60000, 10), "ProtoNet": (30000, 10)}  # and tasks in each
 MULTI_ITERATIONS = {"omniglot": (60000, 10), "": (80000, 4)}  # of Multi-MAML
+SHORT_UNITS = {
+    "image_size": "px",
+    "channels": "channels",
+    "queries": "queries",
+    "precision": "",
+    "episodes": "episodes",
+}
 UNITS = {
     "image_size": "px",
     "channels": "channels in layer 1",
@@ -172,17 +179,18 @@ def absent(method, modes=()):
     }
 
 
-def joined(method, modes, singles):
-    """Multi-MAML or Multi-ProtoNet: its runs on single modes as one."""
-    of = [singles.get((method, mode)) for mode in modes]
+def joined(name, modes, singles):
+    """Multi-MAML or Multi-ProtoNet, called `name` with its flags: its runs on single modes as one."""
+    of = [singles.get((name, mode)) for mode in modes]
     if None in of:
-        return absent(method, [mode for mode, run in zip(modes, of) if run is None])
+        return absent(name, [mode for mode, run in zip(modes, of) if run is None])
     scores = {}
     for protocol in ("paper", "inductive"):
         measured = [run["scores"].get(protocol) for run in of]
         if None not in measured:
             scores[protocol] = {mode: found[mode] for mode, found in zip(modes, measured)}
-    return absent(method) | {
+    return absent(of[0]["method"]) | {
+        "options": of[0]["options"],
         "scores": scores,
         "data": {mode: run["data"][mode] for mode, run in zip(modes, of)},
         "variant": any(run.get("variant") for run in of),
@@ -362,7 +370,7 @@ def slug(run):
     words = ["synthetic"] if budget["synthetic"] else []
     words += [run["family"], setting_name(run["modes"])]
     words += [f"{run['ways']}way", f"{run['shots']}shot"]
-    words += [str(budget[key]) for key, usual in BUDGET.items() if budget[key] != usual]
+    words += [f"{budget[key]}{SHORT_UNITS[key]}" for key, usual in BUDGET.items() if budget[key] != usual]
     if budget["steps"] != "paper":
         words.append("{}x{}".format(*budget["steps"]))
     return "-".join(words).lower()

@@ -3,9 +3,9 @@
     python -m tools.tables [FOLDER ...] [--out results]
 
 reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
-<out>/tables.md; with matplotlib installed also, for each table of KML, accuracy of the training tasks against iterations,
-ModGrad's Figure 6 where there are several numbers of shots, its Figures 5 and 8, and attentive feature reuse's Figure 5 where runs were
-validated.
+<out>/tables.md. With matplotlib installed it also draws, for each table of few-shot classification, accuracy on training and
+validation tasks against iterations; ModGrad's Figure 6 where there are several numbers of shots, and its Figures 5 and 8; and
+attentive feature reuse's Figure 5 where runs were validated.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
 iterations, ...). A budget other than the paper's stands in the table's head. With several modes, a method that has no run is shown as missing.
@@ -75,7 +75,15 @@ def pairs(runs, methods):
             continue
         for method in dict.fromkeys((run["method"], methods[0])):
             found.append((run, usual.get((method, run["seed"]))))
+    for several in of_method(runs, methods[1]):
+        if several["options"]:
+            found += [(run, several) for run in runs if run["seed"] == run.get("first_seed")]
     return [pair for pair in found if is_measured(*pair)]
+
+
+def of_method(runs, method):
+    """Those of the runs that are of a method."""
+    return [run for run in runs if run["method"] == method]
 
 
 def is_measured(one, two):
@@ -213,7 +221,7 @@ def shared_options(runs):
 def block(runs, singles):
     """The runs of one setting, family and budget -> Markdown: accuracies, then paired differences, then seeds beside each other.
 
-    `singles`: {(method, mode): its run on that mode alone}, of the same ways, shots, family and budget.
+    `singles`: {(Multi-X with its flags, mode): its run on that mode alone}, of the same ways, shots, family and budget.
     """
     first = runs[0]
     methods = FAMILIES[first["family"]]
@@ -244,12 +252,19 @@ def in_order(runs, singles):
     if len(modes) > 1:
         usual = {method: usual.get(method) or absent(method) for method in methods}
         usual[methods[1]] = joined(methods[1], modes, singles)
+    several = [joined(name, modes, singles) for name in names_of(singles) if name != methods[1]]
+    variants = [run for run in several if len(modes) > 1 and run["scores"]]
 
     def place(run):
-        return methods.index(run["method"]), label(run, seed=False), run["seed"]
+        return methods.index(run["method"]), label(run, seed=False), run["seed"] or 0
 
-    rest = [run for run in runs if run not in usual.values()]
+    rest = [run for run in runs if run not in usual.values()] + variants
     return on_the_same_tasks([*usual.values(), *sorted(rest, key=place)], modes)
+
+
+def names_of(singles):
+    """What the runs on one mode alone are called, with their flags -> list, each name once."""
+    return list(dict.fromkeys(name for name, _ in singles))
 
 
 def published_of(first):
@@ -405,14 +420,15 @@ def lacking_settings(seen):
 
 
 def runs_on_one_mode(group):
-    """{modes: runs by label} -> {(method, mode): run} of those that are a part of Multi-MAML or Multi-ProtoNet."""
+    """{modes: runs by label} -> {(name, mode): run} of those that are a part of Multi-X, called `name` with its flags."""
     found = {}
     for modes, runs in group.items():
         if len(modes) > 1:
             continue
         for run in runs.values():
-            if label(run) in ("Multi-MAML", "Multi-ProtoNet"):
-                found[run["method"], modes[0]] = run
+            name = label(run)
+            if name.startswith("Multi-") and run["seed"] == run["first_seed"]:
+                found[name, modes[0]] = run
     return found
 
 
@@ -431,7 +447,7 @@ def group_tables(group, out, figures, seen):
     parts = []
     for modes in sorted(group, key=place):
         runs = list(group[modes].values())
-        part_of_another = all(run is singles.get((run["method"], modes[0])) for run in runs)
+        part_of_another = all(run is singles.get((label(run), modes[0])) for run in runs)
         if part_of_another and modes[0] in joint:
             continue
         parts.append(block(runs, singles))
@@ -440,9 +456,18 @@ def group_tables(group, out, figures, seen):
             seen.add((first["family"], setting_name(first["modes"]), first["shots"]))
         if importlib.util.find_spec("matplotlib"):
             file = out / f"curves-{slug(first)}.png"
-            figures.append((curves, runs, singles, file))
+            about = budget_text(first["budget"], first["family"]).replace("**", "")
+            shown = runs + alone(modes, singles)
+            figures.append((curves, shown, f"{title(first)}\n{about}", file))
             parts.append(f"![Accuracy against iterations]({file.name})\n")
     return parts
+
+
+def alone(modes, singles):
+    """The runs on one of several modes alone, for the figure of those modes."""
+    if len(modes) == 1:
+        return []
+    return [run for (_, mode), run in singles.items() if mode in modes]
 
 
 def make(folders, out):

@@ -8,9 +8,20 @@ import numpy as np
 
 import afr
 from data import read_log
-from tools.figures import legend_of, log_of, name_axes, plain, save, side_by_side
+from tools.figures import curves, legend_of, log_of, name_axes, plain, save, side_by_side
 from tools.papers import AFR_TABLE1, AFR_TABLE2, AFR_TRANSFER
-from tools.reading import UNITS, differing, headed, images_of, in_bold, label, read_each, show, table
+from tools.reading import (
+    SHORT_UNITS,
+    UNITS,
+    differing,
+    headed,
+    images_of,
+    in_bold,
+    label,
+    read_each,
+    show,
+    table,
+)
 
 AFR_BUDGET = {"image_size": 84, "queries": 15, "precision": "fp32", "iterations": 60000, "meta_batch": 4}
 AFR_ORDER = ("classification", "depth", "vanishing", "normals")  # of columns, the paper's
@@ -180,14 +191,31 @@ def afr_classification(runs):
         afr_about(first),
         f"{tasks} test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.",
     ]
-    title = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
+    title = setting_text(first)
     columns, differences = classification_columns(runs)
     return both_tables(about, title, (runs, columns), (compared(runs), differences))
 
 
-def named(run):
+def setting_text(run):
+    """What a run classifies, as titles have it."""
+    return f"{' + '.join(run['modes'])}, {run['ways']}-way {run['shots']}-shot"
+
+
+def curves_file(run):
+    """The name of the figure of accuracy against iterations, of runs of the setting and budget of `run`."""
+    budget = dict(run["budget"])
+    words = ["synthetic"] if run["synthetic"] else []
+    words += ["+".join(run["modes"]), f"{run['ways']}way", f"{run['shots']}shot"]
+    for key in ("image_size", "queries", "precision"):
+        if budget[key] != AFR_BUDGET[key]:
+            words.append(f"{budget[key]}{SHORT_UNITS[key]}")
+    words.append("{iterations}x{meta_batch}".format(**budget))
+    return f"curves-afr-{'-'.join(words)}.png"
+
+
+def named(run, seed=True):
     """A run's label, with its filters where they are not 32."""
-    return label(run) + (f", {run['filters']} filters" if run["filters"] != 32 else "")
+    return label(run, seed) + (f", {run['filters']} filters" if run["filters"] != 32 else "")
 
 
 def cell_of(name, keys):
@@ -460,9 +488,17 @@ def afr_tables(runs, out, figures):
         multi = key[0]
         make = afr_multi if multi else afr_classification
         parts.append(make(groups[key]))
-        shown = [run for run in groups[key] if multi and validated(run)]
-        if shown and importlib.util.find_spec("matplotlib"):
+        shown = [run for run in groups[key] if validated(run)]
+        if not shown or not importlib.util.find_spec("matplotlib"):
+            continue
+        if multi:
             file = out / f"afr-validation-{number}.png"
             figures.append((validation_curves, shown, file))
-            parts.append(f"![Validation against iterations]({file.name})\n")
+        else:
+            file = out / curves_file(shown[0])
+            about = afr_about(shown[0]).replace("**", "")
+            figures.append(
+                (curves, shown, f"Attentive feature reuse, {setting_text(shown[0])}\n{about}", file, named)
+            )
+        parts.append(f"![Validation against iterations]({file.name})\n")
     return parts

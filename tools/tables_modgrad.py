@@ -5,9 +5,10 @@ import sys
 
 import modgrad
 from tools import reading
-from tools.figures import against_shots
+from tools.figures import against_shots, curves
 from tools.papers import MODGRAD
 from tools.reading import (
+    SHORT_UNITS,
     UNITS,
     by_mode,
     difference,
@@ -217,7 +218,7 @@ def block(runs):
         about.append("The paper's CAVIA has 512 channels.")
     if any(run["best"] for run in runs):
         about.append("*Last* parameters, and those *best on validation* classes among those kept.")
-    setting = f"{' + '.join(first['modes'])}, {first['ways']}-way {first['shots']}-shot"
+    setting = setting_text(first["modes"], first["ways"], first["shots"])
     head = headed(f"ModGrad and its baselines, {setting}", about)
     return f"{head}\n{accuracies(runs)}{differences(runs)}"
 
@@ -238,10 +239,16 @@ def modgrad_tables(found, out, figures):
         if first is not run:
             print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)
     in_turn = sorted(groups, key=str)
-    parts = [block(list(groups[key].values())) for key in in_turn]
+    parts = []
+    for key in in_turn:
+        runs = list(groups[key].values())
+        parts.append(block(runs))
+        if importlib.util.find_spec("matplotlib"):
+            file = out / curves_file(*key)
+            figures.append((curves, runs, heading(runs[0]), file))
+            parts.append(f"![Accuracy against iterations]({file.name})\n")
     for (modes, budget, ways, shots), runs in sorted(trials.items(), key=str):
-        setting = f"{' + '.join(modes)}, {ways}-way {shots}-shot"
-        parts.append(trials_block(runs, setting, budget_text(budget)))
+        parts.append(trials_block(runs, setting_text(modes, ways, shots), budget_text(budget)))
     for key in dict.fromkeys(key[:-1] for key in in_turn):  # of any number of shots
         runs = []
         for other, group in groups.items():
@@ -256,10 +263,31 @@ def modgrad_tables(found, out, figures):
     return parts
 
 
+def heading(run):
+    """The title of a figure of runs of the setting and budget of `run`."""
+    about = budget_text(run["budget"]).replace("**", "")
+    return f"ModGrad and its baselines, {setting_text(run['modes'], run['ways'], run['shots'])}\n{about}"
+
+
+def setting_text(modes, ways, shots):
+    """What is classified, as titles have it."""
+    return f"{' + '.join(modes)}, {ways}-way {shots}-shot"
+
+
+def curves_file(modes, budget, ways, shots):
+    """The name of the figure of accuracy against iterations."""
+    return f"curves-modgrad-{file_words(modes, budget, ways, f'{shots}shot')}.png"
+
+
 def shots_file(modes, budget, ways):
     """The name of the figure of accuracy against shots."""
+    return f"modgrad-shots-{file_words(modes, budget, ways)}.png"
+
+
+def file_words(modes, budget, ways, *more):
+    """What tells the figure of one setting and budget from others, in its file's name."""
     differs = dict(budget)
     words = ["synthetic"] if differs["synthetic"] else []
-    words += ["+".join(modes), f"{ways}way"]
-    words += [str(differs[k][0]) for k in BUDGET if differs[k]]
-    return f"modgrad-shots-{'-'.join(words)}.png"
+    words += ["+".join(modes), f"{ways}way", *more]
+    words += [f"{differs[k][0]}{SHORT_UNITS[k]}" for k in BUDGET if differs[k]]
+    return "-".join(words)
