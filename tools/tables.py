@@ -4,7 +4,7 @@
 
 reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
 <out>/tables.md. With matplotlib installed it also draws, for each table of few-shot classification, accuracy on training and
-validation tasks against iterations; ModGrad's Figure 6 where there are several numbers of shots, and its Figures 5 and 8; and
+validation tasks against iterations, where there are several runs; ModGrad's Figure 6 where there are several numbers of shots, and its Figures 5 and 8; and
 attentive feature reuse's Figure 5 where runs were validated.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
@@ -454,10 +454,10 @@ def group_tables(group, out, figures, seen):
         first = runs[0]
         if not dict(first["budget"])["synthetic"]:
             seen.add((first["family"], setting_name(first["modes"]), first["shots"]))
-        if importlib.util.find_spec("matplotlib"):
+        shown = runs + alone(modes, singles)
+        if len(shown) > 1 and importlib.util.find_spec("matplotlib"):
             file = out / f"curves-{slug(first)}.png"
             about = budget_text(first["budget"], first["family"]).replace("**", "")
-            shown = runs + alone(modes, singles)
             figures.append((curves, shown, f"{title(first)}\n{about}", file))
             parts.append(f"![Accuracy against iterations]({file.name})\n")
     return parts

@@ -489,16 +489,17 @@ def afr_tables(runs, out, figures):
         make = afr_multi if multi else afr_classification
         parts.append(make(groups[key]))
         shown = [run for run in groups[key] if validated(run)]
-        if not shown or not importlib.util.find_spec("matplotlib"):
+        least = 1 if multi else 2  # a curve of one run is in its own folder
+        if len(shown) < least or not importlib.util.find_spec("matplotlib"):
             continue
         if multi:
             file = out / f"afr-validation-{number}.png"
             figures.append((validation_curves, shown, file))
         else:
             file = out / curves_file(shown[0])
+            setting = setting_text(shown[0])
             about = afr_about(shown[0]).replace("**", "")
-            figures.append(
-                (curves, shown, f"Attentive feature reuse, {setting_text(shown[0])}\n{about}", file, named)
-            )
+            heading = f"Attentive feature reuse, {setting}\n{about}"
+            figures.append((curves, shown, heading, file, named))
         parts.append(f"![Validation against iterations]({file.name})\n")
     return parts

@@ -243,7 +243,7 @@ def modgrad_tables(found, out, figures):
     for key in in_turn:
         runs = list(groups[key].values())
         parts.append(block(runs))
-        if importlib.util.find_spec("matplotlib"):
+        if len(runs) > 1 and importlib.util.find_spec("matplotlib"):
             file = out / curves_file(*key)
             figures.append((curves, runs, heading(runs[0]), file))
             parts.append(f"![Accuracy against iterations]({file.name})\n")
