@@ -3,9 +3,9 @@
     python -m tools.tables [FOLDER ...] [--out results]
 
 reads every result.json and transference.json under the folders (default: runs), prints the tables as Markdown and writes them to
-<out>/tables.md. With matplotlib installed it also draws, for each table of few-shot classification, accuracy on training and
-validation tasks against iterations, where there are several runs; ModGrad's Figure 6 where there are several numbers of shots, and its Figures 5 and 8; and
-attentive feature reuse's Figure 5 where runs were validated.
+<out>/tables.md. With matplotlib installed it also draws, for each table of few-shot classification with several runs, accuracy
+on training and validation tasks against iterations; ModGrad's Figure 6 where there are several numbers of shots, and its Figures
+5 and 8; and attentive feature reuse's Figure 5 where runs were validated.
 
 Runs stand in one table when they share setting (modes, ways, shots), family (MAML or ProtoNet) and budget (image size,
 iterations, ...). A budget other than the paper's stands in the table's head. With several modes, a method that has no run is shown as missing.
