@@ -40,7 +40,7 @@ from tests.helpers import (
     readme_blocks,
     run_all,
 )
-from tools import attention_report, bench, documents
+from tools import attention_report, bench, documents, tables
 
 
 def read_documents():
@@ -440,6 +440,18 @@ def test_numbers_of_the_prose_stand_in_the_tables():
     claims = re.findall(r"by (\d+\.\d+ ± \d+\.\d+)", claims)
     assert claims
     assert all(f"+{claim}" in shown for claim in claims)
+
+
+def test_runs_on_one_mode_each_as_one(monkeypatch):
+    """RUN/* of a marker is what the tables call Multi-X: the same difference, made in two ways."""
+    monkeypatch.chdir(HERE)
+    pairs = "protonet - single/* = joint - separate"
+    shown = documents.differences(RESULTS / "five-modes" / "seed0", pairs)
+    _, row = documents.markdown_tables(shown)[0]
+    text, _ = tables.make([RESULTS / "five-modes"], RESULTS)
+    names = "ProtoNet, `--lr 0.004` - Multi-ProtoNet, `--lr 0.004`"
+    found = [cells for table in documents.markdown_tables(text) for cells in table if cells[0] == names]
+    assert row == ["joint - separate", found[0][1]]
 
 
 def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):

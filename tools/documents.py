@@ -23,6 +23,8 @@ or in its folders seed0, seed1, ...:
     <!-- differences of results/five-modes
     pairs: kml - mprotonet = KML - FiLM; kml - protonet = KML - ProtoNet -->
 
+A run RUN/* is Multi-X: the runs in RUN, on one mode each, as one.
+
 `<!-- validation of results/five-modes/seed0 -->` (or several folders) shows how runs came along: accuracy on validation tasks against iterations.
 """
 
@@ -264,14 +266,32 @@ def render(number, text, places, options):
     return reading.markdown(lines)
 
 
-def run_of(folder):
-    """The run that lies in a folder, as the tables need it."""
-    (run,) = reading.read_each([folder], reading.read_few_shot)
-    return run
+def run_of(folder, name):
+    """The run that lies in folder/name, as the tables need it; of NAME/*, the runs on single modes in NAME as one."""
+    if not name.endswith("/*"):
+        (run,) = reading.read_each([folder / name], reading.read_few_shot)
+        return run
+    runs = reading.read_each([folder / name.removesuffix("/*")], reading.read_few_shot)
+    found = {"modes": [], "scores": {"paper": {}, "inductive": {}}, "data": {}}
+    for run in runs:
+        found["modes"] += run["modes"]
+        found["data"] |= run["data"]
+        for protocol, of in run["scores"].items():
+            found["scores"][protocol] |= of
+    return found
+
+
+def is_there(folder, name):
+    """Whether folder/name is a finished run, or for NAME/* whether NAME holds some."""
+    path = "*/result.json" if name.endswith("/*") else "result.json"
+    return any((folder / name.removesuffix("/*")).glob(path))
 
 
 def pairs_of_runs(place, folders, pairs):
-    """Pairs of runs as a marker has them -> {name: {folder: (run, other run)}}, of those of the folders that have both."""
+    """Pairs of runs as a marker has them -> {name: {folder: (run, other run)}}, of those of the folders that have both.
+
+    RUN/* is Multi-X: the runs on single modes in RUN.
+    """
     rows = {}
     for pair in pairs.split("; "):
         names, _, shown = pair.partition(" = ")
@@ -280,9 +300,8 @@ def pairs_of_runs(place, folders, pairs):
         one, two = names.split(" - ")
         found = {}
         for folder in folders:
-            both = folder / one, folder / two
-            if all((run / "result.json").exists() for run in both):
-                found[folder] = tuple(map(run_of, both))
+            if is_there(folder, one) and is_there(folder, two):
+                found[folder] = run_of(folder, one), run_of(folder, two)
         if not found:
             fail(f"a marker asks for {names} in {place}: no folder there has both runs")
         rows[shown or names] = found
