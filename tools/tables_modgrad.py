@@ -254,7 +254,12 @@ def modgrad_tables(found, out, figures):
         for other, group in groups.items():
             if other[:-1] == key:
                 runs += group.values()
-        several = len({run["shots"] for run in runs}) > 1
+        shots = {}
+        for run in runs:
+            shots.setdefault(label(run), set()).add(run["shots"])
+        several = any(
+            len(of) > 1 for of in shots.values()
+        )  # of one configuration: else there is no line to draw
         if several and importlib.util.find_spec("matplotlib"):
             file = out / shots_file(*key)
             about = budget_text(key[1]).replace("**", "")
