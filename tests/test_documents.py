@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import tokenize
 import types
@@ -442,7 +443,7 @@ def test_numbers_of_the_prose_stand_in_the_tables():
     assert all(f"+{claim}" in shown for claim in claims)
 
 
-def test_runs_on_one_mode_each_as_one(monkeypatch):
+def test_runs_on_one_mode_each_as_one(tmp_path, monkeypatch, capsys):
     """RUN/* of a marker is what the tables call Multi-X: the same difference, made in two ways."""
     monkeypatch.chdir(HERE)
     pairs = "protonet - single/* = joint - separate"
@@ -452,6 +453,9 @@ def test_runs_on_one_mode_each_as_one(monkeypatch):
     names = "ProtoNet, `--lr 0.004` - Multi-ProtoNet, `--lr 0.004`"
     found = [cells for table in documents.markdown_tables(text) for cells in table if cells[0] == names]
     assert row == ["joint - separate", found[0][1]]
+    for name in ("protonet", "single/omniglot", "single/fc100"):
+        shutil.copytree(RESULTS / "five-modes" / "seed0" / name, tmp_path / name)
+    fails(capsys, lambda: documents.differences(tmp_path, pairs), "lacks miniimagenet birds cars")
 
 
 def test_a_marker_that_asks_for_what_is_not_there(monkeypatch, capsys):

@@ -942,6 +942,11 @@ def test_multi_x_with_flags_is_a_row_of_its_own(tmp_path):
     assert "### ProtoNet family, omniglot, " not in done.stdout, (
         "a part of another row has no table of its own"
     )
+    shutil.rmtree(tmp_path / "m")
+    done = here("tools.tables", tmp_path, "--out", tmp_path / "out")
+    assert "| Multi-ProtoNet, `--lr 0.004`: missing (miniimagenet) |" in done.stdout, (
+        "no part is lost in silence"
+    )
 
 
 def test_the_interval_over_seeds_covers_training():

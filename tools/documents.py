@@ -281,6 +281,13 @@ def run_of(folder, name):
     return found
 
 
+def check_modes(names, one, two):
+    """Exit if `names`, a pair RUN - OTHER/*, compares runs of which the second lacks modes of the first."""
+    lacking = [mode for mode in one["modes"] if mode not in two["modes"]]
+    if names.endswith("/*") and lacking:
+        fail(f"a marker asks for {names}, whose second part lacks {' '.join(lacking)}")
+
+
 def is_there(folder, name):
     """Whether folder/name is a finished run, or for NAME/* whether NAME holds some."""
     path = "*/result.json" if name.endswith("/*") else "result.json"
@@ -302,6 +309,7 @@ def pairs_of_runs(place, folders, pairs):
         for folder in folders:
             if is_there(folder, one) and is_there(folder, two):
                 found[folder] = run_of(folder, one), run_of(folder, two)
+                check_modes(names, *found[folder])
         if not found:
             fail(f"a marker asks for {names} in {place}: no folder there has both runs")
         rows[shown or names] = found

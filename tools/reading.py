@@ -157,6 +157,11 @@ def differing(args, usual):
     return found
 
 
+def setting_text(modes, ways, shots):
+    """What is classified, as titles have it."""
+    return f"{' + '.join(modes)}, {ways}-way {shots}-shot"
+
+
 def by_mode(values, modes):
     """Values of tasks, whose modes take turns -> {mode: array}."""
     found = {}
@@ -182,8 +187,12 @@ def absent(method, modes=()):
 def joined(name, modes, singles):
     """Multi-MAML or Multi-ProtoNet, called `name` with its flags: its runs on single modes as one."""
     of = [singles.get((name, mode)) for mode in modes]
-    if None in of:
-        return absent(name, [mode for mode, run in zip(modes, of) if run is None])
+    parts = [run for run in of if run]
+    if len(parts) < len(of):
+        lacking = [mode for mode, run in zip(modes, of) if run is None]
+        if not parts:
+            return absent(name, lacking)
+        return absent(parts[0]["method"], lacking) | {"options": parts[0]["options"]}
     scores = {}
     for protocol in ("paper", "inductive"):
         measured = [run["scores"].get(protocol) for run in of]

@@ -252,8 +252,10 @@ def in_order(runs, singles):
     if len(modes) > 1:
         usual = {method: usual.get(method) or absent(method) for method in methods}
         usual[methods[1]] = joined(methods[1], modes, singles)
-    several = [joined(name, modes, singles) for name in names_of(singles) if name != methods[1]]
-    variants = [run for run in several if len(modes) > 1 and run["scores"]]
+    variants = []
+    if len(modes) > 1:
+        names = names_of(singles, modes)
+        variants = [joined(name, modes, singles) for name in names if name != methods[1]]
 
     def place(run):
         return methods.index(run["method"]), label(run, seed=False), run["seed"] or 0
@@ -262,9 +264,9 @@ def in_order(runs, singles):
     return on_the_same_tasks([*usual.values(), *sorted(rest, key=place)], modes)
 
 
-def names_of(singles):
-    """What the runs on one mode alone are called, with their flags -> list, each name once."""
-    return list(dict.fromkeys(name for name, _ in singles))
+def names_of(singles, modes):
+    """What the runs on one of the modes alone are called, with their flags -> list, each name once."""
+    return list(dict.fromkeys(name for name, mode in singles if mode in modes))
 
 
 def published_of(first):

@@ -19,6 +19,7 @@ from tools.reading import (
     in_bold,
     label,
     read_each,
+    setting_text,
     show,
     table,
 )
@@ -191,14 +192,9 @@ def afr_classification(runs):
         afr_about(first),
         f"{tasks} test tasks; accuracy in %, 95 % interval over tasks; each cell paper protocol / inductive.",
     ]
-    title = setting_text(first)
+    title = setting_text(first["modes"], first["ways"], first["shots"])
     columns, differences = classification_columns(runs)
     return both_tables(about, title, (runs, columns), (compared(runs), differences))
-
-
-def setting_text(run):
-    """What a run classifies, as titles have it."""
-    return f"{' + '.join(run['modes'])}, {run['ways']}-way {run['shots']}-shot"
 
 
 def curves_file(run):
@@ -497,8 +493,9 @@ def afr_tables(runs, out, figures):
             figures.append((validation_curves, shown, file))
         else:
             file = out / curves_file(shown[0])
-            setting = setting_text(shown[0])
-            about = afr_about(shown[0]).replace("**", "")
+            first = shown[0]
+            setting = setting_text(first["modes"], first["ways"], first["shots"])
+            about = afr_about(first).replace("**", "")
             heading = f"Attentive feature reuse, {setting}\n{about}"
             figures.append((curves, shown, heading, file, named))
         parts.append(f"![Validation against iterations]({file.name})\n")

@@ -21,6 +21,7 @@ from tools.reading import (
     read_each,
     read_few_shot,
     score,
+    setting_text,
     show,
     table,
     trials_block,
@@ -238,9 +239,8 @@ def modgrad_tables(found, out, figures):
         first = groups.setdefault(key, {}).setdefault(label(run), run)
         if first is not run:
             print(f"note: {run['file']} repeats {first['file']} and is left out", file=sys.stderr)
-    in_turn = sorted(groups, key=str)
     parts = []
-    for key in in_turn:
+    for key in sorted(groups, key=str):
         runs = list(groups[key].values())
         parts.append(block(runs))
         if len(runs) > 1 and importlib.util.find_spec("matplotlib"):
@@ -249,18 +249,21 @@ def modgrad_tables(found, out, figures):
             parts.append(f"![Accuracy against iterations]({file.name})\n")
     for (modes, budget, ways, shots), runs in sorted(trials.items(), key=str):
         parts.append(trials_block(runs, setting_text(modes, ways, shots), budget_text(budget)))
-    for key in dict.fromkeys(key[:-1] for key in in_turn):  # of any number of shots
+    parts += shots_figures(groups, out, figures)
+    return parts
+
+
+def shots_figures(groups, out, figures):
+    """Figure 6 of each setting and budget where a configuration has several numbers of shots -> parts of tables.md."""
+    if not importlib.util.find_spec("matplotlib"):
+        return []
+    parts = []
+    for key in dict.fromkeys(key[:-1] for key in sorted(groups, key=str)):  # of any number of shots
         runs = []
         for other, group in groups.items():
             if other[:-1] == key:
                 runs += group.values()
-        shots = {}
-        for run in runs:
-            shots.setdefault(label(run), set()).add(run["shots"])
-        several = any(
-            len(of) > 1 for of in shots.values()
-        )  # of one configuration: else there is no line to draw
-        if several and importlib.util.find_spec("matplotlib"):
+        if has_several_shots(runs):
             file = out / shots_file(*key)
             about = budget_text(key[1]).replace("**", "")
             figures.append((against_shots, runs, about, file))
@@ -268,15 +271,18 @@ def modgrad_tables(found, out, figures):
     return parts
 
 
+def has_several_shots(runs):
+    """Whether a configuration has several numbers of shots among the runs: else there is no line to draw."""
+    shots = {}
+    for run in runs:
+        shots.setdefault(label(run), set()).add(run["shots"])
+    return any(len(of) > 1 for of in shots.values())
+
+
 def heading(run):
     """The title of a figure of runs of the setting and budget of `run`."""
     about = budget_text(run["budget"]).replace("**", "")
     return f"ModGrad and its baselines, {setting_text(run['modes'], run['ways'], run['shots'])}\n{about}"
-
-
-def setting_text(modes, ways, shots):
-    """What is classified, as titles have it."""
-    return f"{' + '.join(modes)}, {ways}-way {shots}-shot"
 
 
 def curves_file(modes, budget, ways, shots):
