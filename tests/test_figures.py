@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.helpers import make_result
@@ -48,3 +49,25 @@ def test_curves_show_training_above_and_validation_below(tmp_path, monkeypatch):
     ]  # iterations 2 and 3: 89 points make 44 pairs, and the first is left out
     validation = panels["miniimagenet", "accuracy on validation tasks, %"]
     assert validation == {"MAML": [[30, 31], [60, 61]]}
+
+
+def test_curves_of_several_seeds_are_their_mean():
+    first_seed = np.array([[10, 20, 30], [1, 3, 5]])
+    second_seed = np.array([[15, 25, 35], [2, 4, 6]])
+    iterations, values = figures.on_common_iterations([first_seed, second_seed])
+    assert iterations.tolist() == [15, 20, 25, 30]
+    assert values.tolist() == [[2, 3, 4, 5], [2, 3, 4, 5]]
+    assert figures.seeds_text([{"seed": 0}]) == ""
+    assert "Seeds 0, 2," in figures.seeds_text([{"seed": 2}, {"seed": 0}])
+
+
+def test_several_seeds_have_one_line_and_a_band():
+    pytest.importorskip("matplotlib")
+    figure, (axis, other) = figures.side_by_side(2, 8, 4)
+    points = [(10, 1.0), (20, 3.0)]
+    higher = [(10, 2.0), (20, 4.0)]
+    figures.draw_seeds(axis, [points, [], higher], "MAML", "black")
+    figures.draw_seeds(other, [points], "MAML", "black")
+    assert axis.get_lines()[0].get_xydata().tolist() == [[10, 1.5], [20, 3.5]]
+    assert [len(axis.collections), len(other.collections)] == [1, 0]
+    figures.pyplot().close(figure)

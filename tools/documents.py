@@ -171,7 +171,7 @@ def validation_table(places):
 def bench_tables(file):
     """What bench.py measured -> Markdown, with the tables that it prints."""
     record = json.loads(file.read_text())
-    if file.name == "bench-gpu.json":
+    if "card" in record:  # of `bench gpu`
         return bench_gpu.gpu_table(record)
     args = argparse.Namespace(**record["args"])
     parts = []

@@ -9,28 +9,30 @@ import numpy as np
 from data import read_log
 from tools.reading import label, score
 
-KINDS_OF_LINES = ("-", "--", ":", "-.")
-NAMES_OF_LINES = ("solid", "dashed", "dotted", "dash-dotted")
-
 
 def curves(runs, heading, file, name_of=label):
-    """Accuracy of each run against iterations -> PNG `file`: on training tasks and, below, on validation tasks, a panel per mode.
+    """Accuracy of each configuration against iterations -> PNG `file`: on training tasks and, below, on validation tasks, a panel
+    per mode.
 
-    A configuration has a colour, a seed a kind of line. A run may have some of the modes only. name_of: a function of a run and
-    of whether its seed is to be named.
+    Of several seeds: their mean, and a band from the lowest to the highest. A run may have some of the modes only. name_of: a
+    function of a run and of whether its seed is to be named.
     """
-    runs = sorted(runs, key=label)
-    logs = [(run, log_lines(run)) for run in runs]
+    logs = {}
+    for run in sorted(runs, key=label):
+        logs.setdefault(name_of(run, False), []).append(log_lines(run))
     modes = max((run["modes"] for run in runs), key=len)
     sources = {"training": training_points}
-    if any("validation" in line for _, lines in logs for line in lines):
+    all_logs = itertools.chain(*logs.values())
+    all_lines = itertools.chain(*all_logs)
+    if any("validation" in line for line in all_lines):
         sources["validation"] = validation_points
     figure, panels = grid(len(sources), len(modes))
+    colour_map = "tab10" if len(logs) <= 10 else "tab20"
+    colours = pyplot().get_cmap(colour_map).colors
     for (kind, mode), axis in zip(itertools.product(sources, modes), panels):
-        for run, lines in logs:
-            name = name_of(run, False)
-            style = style_of(run, runs, name_of)
-            draw_points(axis, sources[kind](lines, mode), name, style)
+        for (name, of_seeds), colour in zip(logs.items(), itertools.cycle(colours)):
+            found = [sources[kind](lines, mode) for lines in of_seeds]
+            draw_seeds(axis, found, name, colour)
         axis.set(title=mode, xlim=(0, None))
         name_axes(axis, "iterations", f"accuracy on {kind} tasks, %")
     legend_of(figure, panels, "outside lower center", ncols=2)
@@ -108,27 +110,12 @@ def log_lines(run):
     return lines
 
 
-def style_of(run, shown, name_of):
-    """The line of a run among those shown: a colour for each configuration, a kind of line for each seed, the first a thicker one."""
-    configurations = sorted({name_of(other, False) for other in shown})
-    seeds = sorted({other["seed"] for other in shown})
-    colour = configurations.index(name_of(run, False))
-    colours = pyplot().get_cmap("tab10" if len(configurations) <= 10 else "tab20").colors
-    kind = seeds.index(run["seed"])
-    return {
-        "color": colours[colour % len(colours)],
-        "linestyle": KINDS_OF_LINES[kind % len(KINDS_OF_LINES)],
-        "linewidth": 0.9 if kind else 1.5,
-    }
-
-
 def seeds_text(shown):
-    """Which kind of line is which seed, where there are several -> text for a title."""
+    """What lines and bands are where there are several seeds -> text for a title."""
     seeds = sorted({run["seed"] for run in shown})
     if len(seeds) < 2:
         return ""
-    kinds = [NAMES_OF_LINES[i % len(NAMES_OF_LINES)] for i in range(len(seeds))]
-    return f"Seeds {', '.join(map(str, seeds))}: {', '.join(kinds)} lines."
+    return f"Seeds {', '.join(map(str, seeds))}, as far as run: a line is their mean, a band goes from the lowest to the highest."
 
 
 def training_points(lines, mode):
@@ -151,11 +138,35 @@ def validation_points(lines, mode):
     return points
 
 
-def draw_points(axis, points, name, style):
-    """Draw points (iteration, value), joined by a line, which the legend calls `name`."""
-    if points:
-        iterations, values = zip(*points)
-        axis.plot(iterations, values, label=plain(name), **style)
+def draw_seeds(axis, found, name, colour):
+    """Draw the mean of the seeds' points, which the legend calls `name`; of several seeds also the band that they fill.
+
+    found: for each seed [(iteration, value)], or [] where nothing was measured.
+    """
+    measured = [np.array(points).T for points in found if points]
+    if not measured:
+        return
+    iterations, values = on_common_iterations(measured)
+    mean = values.mean(0)
+    axis.plot(iterations, mean, label=plain(name), color=colour, linewidth=1.5)
+    if len(measured) > 1:
+        lowest = values.min(0)
+        highest = values.max(0)
+        band = {"color": colour, "alpha": 0.15, "linewidth": 0}
+        axis.fill_between(iterations, lowest, highest, **band)
+
+
+def on_common_iterations(measured):
+    """[(iterations, values)] of each seed -> the iterations of all seeds where all have begun and none has ended (n,), and the
+    values there (seeds, n), on straight lines between what was measured."""
+    of_seeds = [iterations for iterations, _ in measured]
+    begin = max(iterations[0] for iterations in of_seeds)
+    end = min(iterations[-1] for iterations in of_seeds)
+    every = np.unique(np.concatenate(of_seeds))
+    inside = (begin <= every) & (every <= end)
+    common = every[inside]
+    values = [np.interp(common, *seed) for seed in measured]
+    return common, np.array(values)
 
 
 def against_steps(runs, about, file):
