@@ -82,8 +82,10 @@ OFFICIAL_HELP = (
 INIT_SCALE_HELP = (
     "factor of the initial base kernels (P, C: 1); 0.01 makes them as small as --no-residual does"
 )
-DISTANCE_SCALE_HELP = """logits are minus this times the squared distances (P, C: 1). The softmax starts saturated with
-1; with 0.01 at 84 pixels, or 0.1 at 28, it starts about as soft as it ends"""
+DISTANCE_SCALE_HELP = (
+    "logits are minus this times the squared distances (P, C: 1). With 1 the softmax starts saturated. With 0.01 at 84 "
+    "pixels, or 0.1 at 28, it starts about as soft as it ends"
+)
 REPEAT_HELP = "draw training tasks with replacement from a batch of tasks (C: yes, test tasks too)"
 
 
